@@ -1,0 +1,323 @@
+"""HiFT in a Lightning Trainer: switches groups at each batch, holds the learning rate, shows what happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hift.checkpoint_io import StreamingCheckpointIO
+from lightning_hift.engine import HiFTEngine, attach_engines
+from lightning_hift.grouping import LayerGroup
+from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held, starts_at_zero
+from lightning_hift.offload import StateOffloader
+from lightning_hift.proof import SweepReport
+from lightning_hift.schedule import Order, check_order
+from lightning_hift.table import format_bytes, format_table
+
+
+class HiFTCallback(Callback):
+    """Fine-tunes all parameters, one layer group per batch (HiFT, arXiv 2401.15207).
+
+    Add it to the callbacks of any Trainer on one device; the LightningModule stays as it is. With several optimizers
+    each rotates through the groups of its own parameters. The position in the sweep is saved with the optimizer.
+
+    Args:
+        group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
+            gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
+        order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
+        reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
+        steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
+        hold_lr: ``"replay"`` keeps the learning rate constant in a sweep and makes up for the held-back scheduler steps
+            at its end. ``"once"`` takes one scheduler step per sweep, as in the paper. ``"off"`` leaves schedulers alone.
+        units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
+        frozen: Module-path patterns of what must not train in this run.
+        always_active: Names or module-path patterns of units that train at every step, such as ``["head"]``. Costs
+            their gradients and state on the device for the whole run.
+        seed: Seed of the random order; default: that of ``seed_everything``, or 0.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 1,
+        order: Order = "bottom2up",
+        reshuffle: bool = False,
+        steps_per_group: int = 1,
+        hold_lr: HoldLR = "replay",
+        units: list[str | list[str]] | None = None,
+        frozen: list[str] | None = None,
+        always_active: list[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_order(order, reshuffle)
+        check_hold_lr(hold_lr)
+        for name, value in (("group_size", group_size), ("steps_per_group", steps_per_group)):
+            if value < 1:
+                raise ValueError(f"Got {name}={value}; it must be at least 1.")
+        self.group_size = group_size
+        self.order: Order = order
+        self.reshuffle = reshuffle
+        self.steps_per_group = steps_per_group
+        self.hold_lr: HoldLR = hold_lr
+        self.units = units
+        self.frozen = frozen
+        self.always_active = always_active
+        self.seed = seed
+        self._engines: list[HiFTEngine] = []
+        self._running = False
+        self._backward_ran = False
+        self._grad_norm: dict[int, Tensor] = {}
+
+    @property
+    def engines(self) -> Sequence[HiFTEngine]:
+        """One engine per optimizer, in the order of ``configure_optimizers``; empty before ``fit``."""
+        return tuple(self._engines)
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """All layer groups, optimizer by optimizer; empty before ``fit``."""
+        return [group for engine in self._engines for group in engine.groups]
+
+    @property
+    def active_group(self) -> LayerGroup:
+        """The group that trains now (the first optimizer's, if there are several).
+
+        Raises:
+            RuntimeError: ``fit`` has not begun.
+        """
+        if not self._engines:
+            raise RuntimeError("No layer group is active before fit has begun.")
+        return self._engines[0].active_group
+
+    # --- the hooks, in the order in which they run --------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StreamingCheckpointIO()
+        if stage != "fit":
+            return
+        if sum(isinstance(callback, HiFTCallback) for callback in cast(Any, trainer).callbacks) > 1:
+            raise MisconfigurationException("Got more than one HiFTCallback; a Trainer takes one.")
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy) or isinstance(strategy, SingleDeviceXLAStrategy):
+            raise MisconfigurationException(
+                f"HiFTCallback does not work with {type(strategy).__name__}: it would train the wrong parameters, or"
+                " reduce gradients that do not exist, without an error. HiFT trains on one CPU or GPU: use"
+                " Trainer(devices=1, strategy='hift') or strategy='auto'."
+            )
+        self._engines = []
+        self._running = False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.attach(trainer)
+
+    def attach(self, trainer: pl.Trainer) -> None:
+        """Put the Trainer's optimizers and schedulers under HiFT, once per ``fit``. Runs before a checkpoint is loaded.
+
+        Raises:
+            ValueError: The grouping does not fit the model or its optimizers.
+        """
+        if self._running:
+            return
+        strategy = trainer.strategy
+        self._engines = attach_engines(
+            trainer.lightning_module,
+            strategy.optimizers,
+            group_size=self.group_size,
+            order=self.order,
+            reshuffle=self.reshuffle,
+            steps_per_group=self.steps_per_group,
+            units=self.units,
+            frozen=self.frozen,
+            always_active=self.always_active,
+            seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            make_offloader=getattr(strategy, "make_offloader", lambda: StateOffloader(strategy.root_device)),
+            advance_on_step=False,
+        )
+        self._running = True
+        self._hold_learning_rates(trainer)
+
+    def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
+        if self.hold_lr == "off":
+            return
+        for config in trainer.strategy.lr_scheduler_configs:
+            engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
+            if engine is None or is_held(config.scheduler):
+                continue
+            by_step = config.interval == "step"
+            ahead = 1
+            if by_step and (starts_at_zero(config.scheduler) or self.hold_lr == "once"):
+                total = trainer.estimated_stepping_batches
+                ahead = engine.schedule.steps_per_sweep if total == float("inf") else int(total)
+                if self.hold_lr == "once" and len(engine.groups) > 1:
+                    rank_zero_warn(
+                        f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep} optimizer"
+                        f" steps, so {type(config.scheduler).__name__} will get about"
+                        f" {total / engine.schedule.steps_per_sweep:.0f} of the {total} steps it would get without HiFT."
+                        " Size the schedule in sweeps, or use hold_lr='replay'."
+                    )
+            config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.attach(trainer)
+        for engine in self._engines:
+            engine.activate()
+        rank_zero_info(self.summary(pl_module))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for engine in self._engines:
+            engine.activate()
+        self._hold_learning_rates(trainer)  # a callback may have put another scheduler in place
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._backward_ran = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        index, engine = self._engine_of(optimizer)
+        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With several
+        # optimizers a backward pass may have been meant for another one.
+        if self._backward_ran and len(self._engines) == 1:
+            engine.check_gradients()
+        self._backward_ran = False
+        engine.announce_step()
+        gradients = [p.grad for p in engine.active_parameters if p.grad is not None]
+        if gradients:
+            self._grad_norm[index] = torch.nn.utils.get_total_norm(gradients)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self._flush_learning_rates(trainer, SweepLR.flush)
+        for index, engine in enumerate(self._engines):
+            if (report := engine.first_sweep_report()) is not None:
+                _show_report(report)
+            if not trainer.barebones:
+                self._log_values(index, engine)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._flush_learning_rates(trainer, SweepLR.finish)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def summary(self, pl_module: torch.nn.Module) -> str:
+        """The table of groups that is shown at the start of fit."""
+        text = [f"HiFT: {self.order} over {len(self.groups)} layer groups, {self.steps_per_group} step(s) each"]
+        for engine in self._engines:
+            text.append(describe_groups(engine.groups, engine.always_active))
+            if engine.step:
+                place = engine.step % engine.schedule.steps_per_sweep
+                text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")
+        grouped = {id(p) for engine in self._engines for p in engine.parameters.values()}
+        rest = [(name, p) for name, p in pl_module.named_parameters() if id(p) not in grouped]
+        if rest:
+            names = ", ".join(name for name, _ in rest[:3]) + (", ..." if len(rest) > 3 else "")
+            text.append(f"Frozen: {sum(p.numel() for _, p in rest):,} parameters in {len(rest)} tensors ({names})")
+        return "\n".join(text)
+
+    def _engine_of(self, optimizer: Optimizer) -> tuple[int, HiFTEngine]:
+        bare = getattr(optimizer, "optimizer", optimizer)
+        for index, engine in enumerate(self._engines):
+            if engine.optimizer is bare:
+                return index, engine
+        raise RuntimeError(
+            f"{type(bare).__name__} is stepped but was not returned by configure_optimizers, so HiFT does not know which"
+            " of its parameters may train. Return it there."
+        )
+
+    def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
+        # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.
+        for config in trainer.strategy.lr_scheduler_configs:
+            if is_held(config.scheduler):
+                flush(cast(SweepLR, config.scheduler))
+
+    def _log_values(self, index: int, engine: HiFTEngine) -> None:
+        suffix = f"/{index}" if len(self._engines) > 1 else ""
+        group = engine.active_group.index
+        self.log(f"hift/group{suffix}", float(group), prog_bar=True)
+        self.log(f"hift/sweep{suffix}", float(engine.sweep), prog_bar=True)
+        self.log(f"hift/state_bytes_device{suffix}", float(engine.offloader.device_bytes))
+        self.log(f"hift/state_bytes_host{suffix}", float(engine.offloader.host_bytes))
+        if index in self._grad_norm:
+            self.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index))
+
+    def _close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+        self._running = False
+
+
+def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] = ()) -> str:
+    """A table of layer groups: index, units, parameters, bytes and share of the whole."""
+    total = sum(part.numel for part in (*groups, *always_active)) or 1
+
+    def row(label: object, part: Any) -> list[object]:
+        return [label, part.name, f"{part.numel:,}", format_bytes(part.nbytes), f"{100 * part.numel / total:.2f} %"]
+
+    rows = [row(group.index, group) for group in groups] + [row("all", unit) for unit in always_active]
+    largest = max(groups, key=lambda group: group.numel)
+    trained = largest.numel + sum(unit.numel for unit in always_active)
+    return (
+        format_table(["group", "units", "parameters", "bytes", "share"], rows)
+        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than full"
+        " fine-tuning."
+    )
+
+
+def _show_report(report: SweepReport) -> None:
+    if report.complete:
+        rank_zero_info(f"HiFT: first sweep done, all {report.num_parameters} trainable parameters were updated.")
+        return
+    reasons = {
+        "received no gradient (unused in the forward pass?)": report.without_gradient,
+        "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
+        "were not stepped (gradients overflowed, or training_step returned None)": report.skipped,
+    }
+    lines = [
+        f"{len(names)} {why}: {', '.join(names[:8])}" + ("..." if len(names) > 8 else "")
+        for why, names in reasons.items()
+        if names
+    ]
+    rank_zero_warn(
+        f"HiFT: after the first sweep, some of the {report.num_parameters} trainable parameters were not updated. "
+        + "; ".join(lines)
+    )

@@ -1,0 +1,382 @@
+"""Any module tree -> layer units in forward order -> layer groups: a checked partition of the trainable parameters.
+
+A *layer unit* is never split: the embedding, one block, the head. It is found from the shape of the module tree alone:
+
+- A *stack* is an outermost ``nn.ModuleList`` or ``nn.Sequential``; each of its composite children is a block.
+- What the forward pass uses before the first block is the embedding, what it uses after the last one is the head (with
+  the final norm), and what it uses between two stacks is a unit of its own.
+- A model without composite stacks (an MLP, a small CNN) has one unit per layer that holds parameters.
+- A unit that would hold nothing but norms joins its neighbour: training one norm for a whole step is a wasted batch.
+
+Parameters count by identity, so a tied weight belongs to the first unit that uses it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_hift.forward_order import members_in_forward_order
+
+_EMBEDDING, _HEAD = "embedding", "head"
+_STAGE_SHARE = 2 / 3
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUnit:
+    """The smallest thing that HiFT trains at once.
+
+    Args:
+        name: ``"embedding"``, ``"head"`` or the path of the unit's first module.
+        modules: Paths of the modules and bare parameters that make up the unit, in forward order.
+        parameters: Trainable parameters by their full name.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable elements."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the trainable parameters."""
+        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGroup:
+    """Units that train together. ``index`` counts from the input of the model upwards."""
+
+    index: int
+    units: tuple[LayerUnit, ...]
+
+    @property
+    def name(self) -> str:
+        """Names of the first and the last unit."""
+        first, last = self.units[0].name, self.units[-1].name
+        return first if first == last else f"{first} ... {last}"
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters of all units by their full name."""
+        return {name: p for unit in self.units for name, p in unit.parameters.items()}
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable elements."""
+        return sum(unit.numel for unit in self.units)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the trainable parameters."""
+        return sum(unit.nbytes for unit in self.units)
+
+
+class _Piece(NamedTuple):
+    path: str
+    member: nn.Module | nn.Parameter
+    is_block: bool
+
+
+def find_layer_units(
+    model: nn.Module,
+    units: Sequence[str | Sequence[str]] | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> list[LayerUnit]:
+    """Layer units of ``model`` in forward order, covering every trainable parameter exactly once.
+
+    Args:
+        model: Any module tree. Frozen parameters (``requires_grad=False``) belong to no unit.
+        units: Overrides the search. Each entry is a pattern of module paths, or a list of patterns that form one unit
+            together. ``*`` matches within one part of a path: ``"model.layers.*"``.
+        parameters: Restricts the search to these parameters (an optimizer's, say). Default: all of ``model``.
+
+    Raises:
+        ValueError: Nothing is trainable; a pattern matches nothing, or something that another one already matched; or
+            the patterns leave trainable parameters out.
+    """
+    wanted = {id(p) for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
+    if not any(id(p) in wanted for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter. Set requires_grad=True on what should train."
+        )
+    found = _units_from_patterns(model, units, wanted) if units is not None else _units_from_tree(model, wanted)
+    _check_partition(model, found, wanted)
+    return found
+
+
+def group_units(units: Sequence[LayerUnit], group_size: int = 1) -> list[LayerGroup]:
+    """Join ``group_size`` neighbouring units (m in the paper) at a time into ceil(n / m) fixed groups.
+
+    Raises:
+        ValueError: ``group_size`` is below 1.
+    """
+    if group_size < 1:
+        raise ValueError(f"Got group_size={group_size}; a group needs at least 1 layer unit.")
+    starts = range(0, len(units), group_size)
+    return [LayerGroup(i, tuple(units[start : start + group_size])) for i, start in enumerate(starts)]
+
+
+def select_units(units: Sequence[LayerUnit], patterns: Sequence[str]) -> list[LayerUnit]:
+    """Units whose name, or one of whose modules, matches a pattern.
+
+    Raises:
+        ValueError: A pattern matches no unit, or a unit that another pattern already matched.
+    """
+    chosen: dict[int, str] = {}
+    for pattern in patterns:
+        hits = [i for i, u in enumerate(units) if any(_matches(path, pattern) for path in (u.name, *u.modules))]
+        if not hits:
+            raise ValueError(
+                f"Pattern {pattern!r} matches no layer unit; the units are {', '.join(u.name for u in units)}."
+            )
+        for hit in hits:
+            if hit in chosen:
+                raise ValueError(
+                    f"Layer unit {units[hit].name!r} is matched twice, by {chosen[hit]!r} and {pattern!r}; drop one."
+                )
+            chosen[hit] = pattern
+    return [units[i] for i in sorted(chosen)]
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Trainable parameters of the modules, or with the names, that match a pattern.
+
+    Raises:
+        ValueError: A pattern matches no trainable parameter, or one that another pattern already matched.
+    """
+    chosen: dict[str, nn.Parameter] = {}
+    by_pattern: dict[str, str] = {}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern in patterns:
+        depth = pattern.count(".") + 1
+        hits = [n for n in trainable if _matches(".".join(n.split(".")[:depth]), pattern)]
+        if not hits:
+            raise ValueError(f"Pattern {pattern!r} matches no trainable parameter. {_some_paths(model)}")
+        for name in hits:
+            if name in chosen:
+                raise ValueError(
+                    f"Parameter {name!r} is matched twice, by {by_pattern[name]!r} and {pattern!r}; drop one."
+                )
+            chosen[name], by_pattern[name] = trainable[name], pattern
+    return chosen
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
+    pieces = _pieces(model, "")
+    in_blocks = any(piece.is_block for piece in pieces)
+    if not in_blocks:
+        pieces = [layer for piece in pieces for layer in _layers(piece)]
+
+    # Runs of loose pieces become one unit in a model of blocks; each piece is a unit of its own otherwise.
+    runs: list[list[_Piece]] = []
+    for piece in pieces:
+        if in_blocks and runs and not piece.is_block and not runs[-1][-1].is_block:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+
+    names = [run[0].path for run in runs]
+    if in_blocks and not runs[0][0].is_block:
+        names[0] = _EMBEDDING
+    if in_blocks and not runs[-1][0].is_block:
+        names[-1] = _HEAD
+
+    taken: set[int] = set()
+    found = [
+        _unit(name, [(p.path, p.member) for p in run], wanted, taken) for name, run in zip(names, runs, strict=True)
+    ]
+    return _join_bare_norms([unit for unit in found if unit.parameters], model)
+
+
+def _pieces(module: nn.Module, path: str) -> list[_Piece]:
+    """Blocks and, around them, loose modules and parameters, in forward order."""
+    if _is_stack(module):
+        return [piece for name, child in module.named_children() for piece in _stack_pieces(child, _join(path, name))]
+    pieces: list[_Piece] = []
+    for name, member in members_in_forward_order(module):
+        if isinstance(member, nn.Module) and any(map(_is_stack, member.modules())):
+            pieces += _pieces(member, _join(path, name))
+        elif isinstance(member, nn.Parameter) or _has_parameters(member):
+            pieces.append(_Piece(_join(path, name), member, is_block=False))
+    return pieces
+
+
+def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
+    """One child of a stack: a block, or a stage that is itself made of blocks, or a plain layer."""
+    if not _has_parameters(child):
+        return []
+    if _is_stage(child):
+        return _pieces(child, path)
+    return [_Piece(path, child, is_block=_is_composite(child))]
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a stack's child is only a wrapper of further blocks, like a stage of a Swin transformer or of a ResNet.
+
+    Experts and attention heads are parallel parts of one block: unlike blocks, they have no norm of their own.
+    """
+    if _is_stack(module):
+        return any(_is_composite(child) for child in module.children())
+    for child in module.children():
+        blocks = [b for b in child.children() if _has_parameters(b)] if _is_stack(child) else []
+        if (
+            len(blocks) > 1
+            and len({type(b) for b in blocks}) == 1
+            and all(_is_composite(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
+            and _numel(child) >= _STAGE_SHARE * _numel(module)
+        ):
+            return True
+    return False
+
+
+def _layers(piece: _Piece) -> list[_Piece]:
+    """Cut a loose piece down to the modules that hold parameters themselves."""
+    if isinstance(piece.member, nn.Parameter) or any(True for _ in piece.member.parameters(recurse=False)):
+        return [piece]
+    inner = [
+        (n, m) for n, m in members_in_forward_order(piece.member) if isinstance(m, nn.Module) and _has_parameters(m)
+    ]
+    return [layer for n, m in inner for layer in _layers(_Piece(_join(piece.path, n), m, False))]
+
+
+def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit]:
+    """Join units of nothing but norms and scales to the last unit if they stand right before it, else to the one before.
+
+    A head whose weight is tied to the embedding stays a unit, though only its norm is left: it is still the head.
+    """
+    matrices = {
+        _join(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+    def is_solid(unit: LayerUnit) -> bool:
+        tied_head = unit.name == _HEAD and any(m.startswith(path + ".") for m in matrices for path in unit.modules)
+        return tied_head or not matrices.isdisjoint(unit.parameters)
+
+    solid = [i for i, unit in enumerate(units) if is_solid(unit)]
+    if not solid:
+        return units
+    members: dict[int, list[LayerUnit]] = {i: [] for i in solid}
+    for i, unit in enumerate(units):
+        before, after = [s for s in solid if s < i], [s for s in solid if s >= i]
+        home = after[0] if after and (after[0] == i or len(after) == 1 or not before) else before[-1]
+        members[home].append(unit)
+    return [_merge(units[i], joined) for i, joined in members.items()]
+
+
+def _merge(leader: LayerUnit, members: list[LayerUnit]) -> LayerUnit:
+    return LayerUnit(
+        leader.name,
+        tuple(path for unit in members for path in unit.modules),
+        {name: p for unit in members for name, p in unit.parameters.items()},
+    )
+
+
+# --- the override -----------------------------------------------------------------------------------------------------
+
+
+def _units_from_patterns(model: nn.Module, units: Sequence[str | Sequence[str]], wanted: set[int]) -> list[LayerUnit]:
+    members: dict[str, nn.Module | nn.Parameter] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **{path: m for path, m in model.named_modules(remove_duplicate=False) if path and _has_parameters(m)},
+    }
+    found: list[LayerUnit] = []
+    taken: set[int] = set()
+    owner: dict[str, str] = {}
+    for entry in units:
+        joined: list[tuple[str, nn.Module | nn.Parameter]] = []
+        for pattern in [entry] if isinstance(entry, str) else entry:
+            hits = [(path, m) for path, m in members.items() if _matches(path, pattern)]
+            if not hits:
+                raise ValueError(
+                    f"Pattern {pattern!r} in units matches no module with parameters. {_some_paths(model)}"
+                )
+            for path, member in hits:
+                twice = [o for o in owner if o == path or o.startswith(path + ".") or path.startswith(o + ".")]
+                if twice:
+                    raise ValueError(
+                        f"{path!r} is matched twice in units, by {owner[twice[0]]!r} and {pattern!r}; a layer unit is"
+                        " never split, and every parameter belongs to one unit."
+                    )
+                owner[path] = pattern
+            joined += hits
+        parts = [[hit] for hit in joined] if isinstance(entry, str) else [joined]
+        found += [_unit(part[0][0], part, wanted, taken) for part in parts]
+    return [unit for unit in found if unit.parameters]
+
+
+# --- shared by both ---------------------------------------------------------------------------------------------------
+
+
+def _unit(name: str, parts: list[tuple[str, nn.Module | nn.Parameter]], wanted: set[int], taken: set[int]) -> LayerUnit:
+    parameters: dict[str, nn.Parameter] = {}
+    for path, member in parts:
+        named = [("", member)] if isinstance(member, nn.Parameter) else list(member.named_parameters())
+        for inner, p in named:
+            if id(p) in wanted and id(p) not in taken:
+                parameters[_join(path, inner)] = p
+            taken.add(id(p))
+    return LayerUnit(name, tuple(path for path, _ in parts), parameters)
+
+
+def _check_partition(model: nn.Module, units: Sequence[LayerUnit], wanted: set[int]) -> None:
+    counts = Counter(id(p) for unit in units for p in unit.parameters.values())
+    missing = [name for name, p in model.named_parameters() if id(p) in wanted and counts[id(p)] != 1]
+    if missing:
+        raise ValueError(
+            f"The layer units do not hold each trainable parameter exactly once: {_shorten(missing)}. Add a pattern for"
+            " them to units, or freeze them."
+        )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, patterns = path.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(fnmatchcase(a, b) for a, b in zip(parts, patterns, strict=True))
+
+
+def _some_paths(model: nn.Module) -> str:
+    return f"Module paths of this model start like this: {_shorten([path for path, _ in model.named_modules() if path], 12)}."
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return (
+        isinstance(module, (nn.ModuleList, nn.Sequential))
+        and not any(True for _ in module.parameters(recurse=False))  # a parametrization is a list with its own weights
+        and _has_parameters(module)
+    )
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(_has_parameters(child) for child in module.children())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

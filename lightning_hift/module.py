@@ -1,0 +1,92 @@
+"""A LightningModule that does the HiFT step by hand, so that every part of it can be read and overridden."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
+
+
+class HiFTModule(pl.LightningModule):
+    """Base class with manual optimization: loss, backward, accumulation, clipping, step, learning rate.
+
+    Subclasses write ``training_loss`` and ``configure_optimizers`` and get, bit for bit, what automatic optimization
+    does. Which group trains is decided by the ``HiFTCallback`` or ``strategy="hift"``; without them this is plain
+    full fine-tuning.
+
+    Args:
+        accumulate_grad_batches: Micro-batches per optimizer step. The last window of an epoch may be shorter. (The
+            Trainer's argument of this name works in automatic optimization only.)
+        gradient_clip_val: Largest norm, or value, of the active group's gradients; ``None`` does not clip.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler.
+
+    Raises:
+        ValueError: ``accumulate_grad_batches`` is below 1.
+    """
+
+    def __init__(
+        self,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        lr_monitor: str = "val_loss",
+    ) -> None:
+        super().__init__()
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"Got accumulate_grad_batches={accumulate_grad_batches}; it must be at least 1.")
+        self.automatic_optimization = False
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.lr_monitor = lr_monitor
+
+    def training_loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss of one micro-batch, a scalar; ``None`` skips it. To be written by the subclass."""
+        raise NotImplementedError(f"{type(self).__name__} must define training_loss(batch, batch_idx).")
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+        loss = self.training_loss(batch, batch_idx)
+        if loss is not None:
+            self.manual_backward(loss / self.accumulate_grad_batches)
+        if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer), "HiFTModule takes one optimizer"
+            optimizer.step()
+            optimizer.zero_grad()
+            self._step_lr_schedulers("step", batch_idx)
+        if self.trainer.is_last_batch:
+            self._step_lr_schedulers("epoch", self.current_epoch)
+        return None if loss is None else loss.detach()
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # Here, not before step(): mixed precision has only now undone the scaling of the gradients.
+        self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    @override
+    def on_validation_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                metric = self.trainer.callback_metrics.get(self.lr_monitor)
+                if metric is None:
+                    raise ValueError(
+                        f"ReduceLROnPlateau waits for lr_monitor={self.lr_monitor!r}, which was not logged; there are"
+                        f" {sorted(self.trainer.callback_metrics)}."
+                    )
+                config.scheduler.step(metric)
+
+    def _step_lr_schedulers(self, interval: str, index: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            due = config.interval == interval and (index + 1) % config.frequency == 0
+            if due and not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()  # type: ignore[call-arg]

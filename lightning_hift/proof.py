@@ -1,0 +1,72 @@
+"""Evidence, gathered during the first sweep, that every trainable parameter was really updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class SweepReport(NamedTuple):
+    """What the first sweep did.
+
+    Args:
+        num_parameters: How many parameters were watched.
+        without_gradient: Names of those that never received a gradient.
+        unchanged: Names of those that received one but kept their value (a learning rate of 0, or a gradient of 0).
+        skipped: Names of those whose step was skipped, because the gradients overflowed or a batch gave no loss.
+    """
+
+    num_parameters: int
+    without_gradient: list[str]
+    unchanged: list[str]
+    skipped: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter moved."""
+        return not (self.without_gradient or self.unchanged or self.skipped)
+
+
+class FirstSweepProof:
+    """Compares a checksum of each parameter before and after its steps, on the device and without waiting for it."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._stepped: set[nn.Parameter] = set()
+        self._with_gradient: set[nn.Parameter] = set()
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._moved: dict[nn.Parameter, Tensor] = {}
+
+    def before_step(self, active: Iterable[nn.Parameter]) -> None:
+        """Note which of the active parameters have a gradient, and their checksums."""
+        for p in active:
+            self._stepped.add(p)
+            if p.grad is not None:
+                self._with_gradient.add(p)
+                self._before[p] = _checksum(p)
+
+    def after_step(self) -> None:
+        """Compare the checksums with those taken before the step."""
+        for p, before in self._before.items():
+            moved = (_checksum(p) != before).any()
+            self._moved[p] = self._moved[p] | moved if p in self._moved else moved
+        self._before = {}
+
+    def report(self) -> SweepReport:
+        """The result; waits for the device."""
+        moved = {p for p, flag in self._moved.items() if flag.item()}
+        return SweepReport(
+            len(self._parameters),
+            without_gradient=[n for n, p in self._parameters.items() if p in self._stepped - self._with_gradient],
+            unchanged=[n for n, p in self._parameters.items() if p in self._with_gradient - moved],
+            skipped=[n for n, p in self._parameters.items() if p not in self._stepped],
+        )
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Two sums over the values, shape (2,): changes that cancel in one of them do not cancel in the other."""
+    values = parameter.detach()
+    return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)])

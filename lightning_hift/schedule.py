@@ -1,0 +1,99 @@
+"""Which layer group trains at which optimizer step. Integers only."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+Order = Literal["bottom2up", "top2down", "random"]
+
+ORDERS: tuple[str, ...] = get_args(Order)
+_AUTHORS_NAMES = {"down2up": "bottom2up", "up2down": "top2down"}
+
+
+@dataclass(frozen=True)
+class SweepSchedule:
+    """A pure function from the optimizer step to the active layer group (HiFT, arXiv 2401.15207, algorithm 1).
+
+    One sweep visits every group once. Nothing is stored between steps, so a resumed run needs only its step number.
+
+    Args:
+        num_groups: Number of layer groups, k in the paper. Group 0 is the one nearest the input.
+        order: ``"bottom2up"`` trains group 0 first, ``"top2down"`` group k-1 first, ``"random"`` a seeded shuffle.
+        reshuffle: With ``order="random"``, draw a new shuffle for each sweep. The paper draws one and repeats it.
+        steps_per_group: Optimizer steps that a group stays active before the next one takes over.
+        seed: Seed of the shuffle. Ignored by the other orders.
+
+    Raises:
+        ValueError: An argument is out of range, or ``reshuffle`` is asked for without ``order="random"``.
+    """
+
+    num_groups: int
+    order: Order = "bottom2up"
+    reshuffle: bool = False
+    steps_per_group: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_order(self.order, self.reshuffle)
+        if self.num_groups < 1:
+            raise ValueError(f"Got num_groups={self.num_groups}; a schedule needs at least 1 group.")
+        if self.steps_per_group < 1:
+            raise ValueError(
+                f"Got steps_per_group={self.steps_per_group}; a group must stay active for at least 1 step."
+            )
+
+    @property
+    def steps_per_sweep(self) -> int:
+        """Optimizer steps in one sweep."""
+        return self.num_groups * self.steps_per_group
+
+    def sweep_at(self, step: int) -> int:
+        """Number of whole sweeps that were finished before ``step``."""
+        return step // self.steps_per_sweep
+
+    def group_at(self, step: int) -> int:
+        """Index of the group that trains at optimizer step ``step``, counted from 0.
+
+        Raises:
+            ValueError: ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"Got step={step}; optimizer steps are counted from 0.")
+        place = step % self.steps_per_sweep // self.steps_per_group
+        if self.order == "bottom2up":
+            return place
+        if self.order == "top2down":
+            return self.num_groups - 1 - place
+        return _shuffled(self.num_groups, self.seed, self.sweep_at(step) if self.reshuffle else 0)[place]
+
+    def starts_sweep(self, step: int) -> bool:
+        """Whether ``step`` is the first one of a sweep."""
+        return step % self.steps_per_sweep == 0
+
+
+def check_order(order: str, reshuffle: bool = False) -> None:
+    """Refuse an order that does not exist, before anything has been built.
+
+    Raises:
+        ValueError: ``order`` is unknown, or ``reshuffle`` is combined with a fixed order.
+    """
+    if order in _AUTHORS_NAMES:
+        raise ValueError(
+            f"Got order={order!r}, the name in the HiFT authors' code. The paper's name, used here, is"
+            f" {_AUTHORS_NAMES[order]!r}."
+        )
+    if order not in ORDERS:
+        raise ValueError(f"Got order={order!r}; choose one of {', '.join(map(repr, ORDERS))}.")
+    if reshuffle and order != "random":
+        raise ValueError(f"Got reshuffle=True with order={order!r}; only order='random' can be shuffled again.")
+
+
+@lru_cache(maxsize=8)
+def _shuffled(num_groups: int, seed: int, sweep: int) -> tuple[int, ...]:
+    groups = list(range(num_groups))
+    # A string seed is hashed with SHA-512, so neighbouring sweeps get unrelated shuffles on every platform.
+    random.Random(f"{seed}/{sweep}").shuffle(groups)
+    return tuple(groups)
