@@ -41,7 +41,7 @@ class HiFTCallback(Callback):
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
         hold_lr: ``"replay"`` keeps the learning rate constant in a sweep and makes up for the held-back scheduler steps
-            at its end. ``"once"`` takes one scheduler step per sweep, as in the paper. ``"off"`` leaves schedulers alone.
+            at its end. ``"once"`` takes one scheduler step per sweep, as in the paper. ``"off"`` holds nothing back.
         units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
         frozen: Module-path patterns of what must not train in this run.
         always_active: Names or module-path patterns of units that train at every step, such as ``["head"]``. Costs
@@ -168,8 +168,8 @@ class HiFTCallback(Callback):
                 ahead = engine.schedule.steps_per_sweep if total == float("inf") else int(total)
                 if self.hold_lr == "once" and len(engine.groups) > 1:
                     rank_zero_warn(
-                        f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep} optimizer"
-                        f" steps, so {type(config.scheduler).__name__} will get about"
+                        f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep}"
+                        f" optimizer steps, so {type(config.scheduler).__name__} will get about"
                         f" {total / engine.schedule.steps_per_sweep:.0f} of the {total} steps it would get without HiFT."
                         " Size the schedule in sweeps, or use hold_lr='replay'."
                     )
@@ -204,8 +204,8 @@ class HiFTCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         index, engine = self._engine_of(optimizer)
-        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With several
-        # optimizers a backward pass may have been meant for another one.
+        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With
+        # several optimizers a backward pass may have been meant for another one.
         if self._backward_ran and len(self._engines) == 1:
             engine.check_gradients()
         self._backward_ran = False
@@ -223,7 +223,7 @@ class HiFTCallback(Callback):
             if (report := engine.first_sweep_report()) is not None:
                 _show_report(report)
             if not trainer.barebones:
-                self._log_values(index, engine)
+                self._log_values(pl_module, index, engine)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -270,15 +270,15 @@ class HiFTCallback(Callback):
             if is_held(config.scheduler):
                 flush(cast(SweepLR, config.scheduler))
 
-    def _log_values(self, index: int, engine: HiFTEngine) -> None:
+    def _log_values(self, pl_module: pl.LightningModule, index: int, engine: HiFTEngine) -> None:
         suffix = f"/{index}" if len(self._engines) > 1 else ""
         group = engine.active_group.index
-        self.log(f"hift/group{suffix}", float(group), prog_bar=True)
-        self.log(f"hift/sweep{suffix}", float(engine.sweep), prog_bar=True)
-        self.log(f"hift/state_bytes_device{suffix}", float(engine.offloader.device_bytes))
-        self.log(f"hift/state_bytes_host{suffix}", float(engine.offloader.host_bytes))
+        pl_module.log(f"hift/group{suffix}", float(group), prog_bar=True)
+        pl_module.log(f"hift/sweep{suffix}", float(engine.sweep), prog_bar=True)
+        pl_module.log(f"hift/state_bytes_device{suffix}", float(engine.offloader.device_bytes))
+        pl_module.log(f"hift/state_bytes_host{suffix}", float(engine.offloader.host_bytes))
         if index in self._grad_norm:
-            self.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index))
+            pl_module.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index))
 
     def _close(self) -> None:
         for engine in self._engines:

@@ -80,9 +80,9 @@ class HiFTEngine:
         self.groups = tuple(groups)
         self.schedule = schedule
         self.always_active = tuple(always_active)
-        self.parameters: dict[str, nn.Parameter] = {
-            name: p for part in (*self.groups, *self.always_active) for name, p in part.parameters.items()
-        }
+        self.parameters: dict[str, nn.Parameter] = {}
+        for unit in (*(unit for group in self.groups for unit in group.units), *self.always_active):
+            self.parameters |= unit.parameters
         self.step = 0
         self._advance_on_step = advance_on_step
         self._held_back = tuple(held_back)
@@ -189,8 +189,8 @@ class HiFTEngine:
     def explain_missing_gradient(self) -> str:
         """Why the active group may have received no gradient, and what to do about it."""
         return (
-            f"Layer group {self._active_group.index} ({self._active_group.name}) is the only one that trains at this step,"
-            " but the loss gave it no gradient. Either the forward pass does not use it: name it in frozen=[...]. Or"
+            f"Layer group {self._active_group.index} ({self._active_group.name}) is the only one that trains at this"
+            " step, but the loss gave it no gradient. Either the forward pass does not use it: name it in frozen=[...]. Or"
             " activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
             " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
         )
@@ -244,7 +244,8 @@ class HiFTEngine:
             )
         if self._proof is not None and self.step <= self.schedule.steps_per_sweep:
             self._proof.before_step(self._active)
-        self.optimizer.state.update(self.offloader.take(self._active))
+        for p, state in self.offloader.take(self._active).items():
+            self.optimizer.state[p] = state
         self._state_lent = True
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,8 +296,8 @@ class HiFTEngine:
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _parameters_at(self, step: int) -> list[nn.Parameter]:
-        parts = (self.groups[self.schedule.group_at(step)], *self.always_active)
-        return [p for part in parts for p in part.parameters.values()]
+        units = (*self.groups[self.schedule.group_at(step)].units, *self.always_active)
+        return [p for unit in units for p in unit.parameters.values()]
 
     def _owned(self) -> list[nn.Parameter]:
         """The optimizer's parameters; a place in this list is an index in its ``state_dict``."""
@@ -332,8 +333,8 @@ class HiFTEngine:
             return
         if not other._closed:
             raise RuntimeError(
-                "This optimizer is already under HiFT. Use one HiFTCallback or engine per optimizer, and close an engine"
-                " before attaching the next one."
+                "This optimizer is already under HiFT. Use one engine per optimizer, and close it before attaching the"
+                " next one."
             )
         other._hand_back(to_device=False)
         if other._fingerprint() == self._fingerprint():

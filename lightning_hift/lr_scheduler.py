@@ -119,7 +119,7 @@ class SweepLR:
                     group[key] = value
 
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # type: ignore[override]
         return type(self._scheduler)
 
     def __getattr__(self, name: str) -> Any:

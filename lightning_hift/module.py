@@ -89,4 +89,4 @@ class HiFTModule(pl.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             due = config.interval == interval and (index + 1) % config.frequency == 0
             if due and not isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step()  # type: ignore[call-arg]
+                config.scheduler.step()

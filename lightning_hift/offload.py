@@ -25,6 +25,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -111,19 +112,22 @@ class StateOffloader:
             stays_on_host: Keys of tensors that are never moved to the device.
         """
         self._store[parameter] = {
-            key: _map_tensors(value, lambda t, key=key: _Slot(self._host_copy(t), key not in stays_on_host))
+            key: _map_tensors(value, partial(self._host_slot, moves=key not in stays_on_host))
             for key, value in state.items()
         }
         self._nbytes[parameter] = _nbytes(state)
 
     def clear(self) -> None:
         """Forget all state."""
-        self._settle()
+        self.drain()
+        if self._incoming.event is not None:
+            self._incoming.event.synchronize()
+        self._incoming = _InFlight({}, None)
         self._store.clear()
         self._resident.clear()
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make ``parameters`` the ones whose state is on the device: release what leaves, start to fetch what arrives."""
+        """Make ``parameters`` those whose state is on the device: release what leaves, fetch what arrives."""
         staying = set(parameters)
         leaving = [] if self.offload == "none" else [p for p in self._resident if p not in staying]
         if leaving:
@@ -234,7 +238,8 @@ class StateOffloader:
     def _host_place(self, value: Any, old: Any) -> Any:
         """A host slot for each tensor of ``value``: the one it had before where the shape still fits."""
         if isinstance(value, Tensor):
-            if not self._copies or value.device.type != self.device.type:
+            stayed = isinstance(old, _Slot) and old.host is value
+            if stayed or not self._copies or value.device.type != self.device.type:
                 return _Slot(value, moves=False)
             if isinstance(old, _Slot) and old.host.shape == value.shape and old.host.dtype == value.dtype:
                 return _Slot(old.host, moves=True)
@@ -259,8 +264,8 @@ class StateOffloader:
                 )
         return torch.empty_like(like, device="cpu")
 
-    def _host_copy(self, tensor: Tensor) -> Tensor:
-        return self._host_empty(tensor).copy_(tensor.detach())
+    def _host_slot(self, tensor: Tensor, moves: bool) -> _Slot:
+        return _Slot(self._host_empty(tensor).copy_(tensor.detach()), moves)
 
 
 def _copy_to_device(slot: _Slot, device_tensor: Tensor) -> None:

@@ -1,0 +1,497 @@
+"""The engine in plain torch loops, against the plain twin in ``tests/reference``."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
+from tests.lagging import LaggingDevice
+from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens
+from tests.reference.round_robin import train_round_robin
+
+OPTIMIZERS = {
+    "adamw": adamw,
+    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "adadelta": torch.optim.Adadelta,
+}
+
+
+def lagging(**options):
+    return StateOffloader("cpu", device_module=LaggingDevice(), always_copy=True, **options)
+
+
+OFFLOADERS = {
+    "host": lambda: StateOffloader("cpu"),
+    "none": lambda: StateOffloader("cpu", "none"),
+    "lagging": lagging,
+    "lagging_no_prefetch": lambda: lagging(prefetch=False),
+}
+
+
+def train(model, engine, batches, accumulate=1, clip_norm=None, scheduler=None):
+    """The loop of any torch user."""
+    for start in range(0, len(batches), accumulate):
+        for batch in batches[start : start + accumulate]:
+            (next_token_loss(model, batch) / accumulate).backward()
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def windows(batches, size=1):
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+
+@pytest.mark.parametrize("offloader", OFFLOADERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_independent_optimizers_in_turn(name, offloader):
+    model, twin, batches = Net(), Net(), tokens(13)
+    engine = HiFTEngine.attach(model, OPTIMIZERS[name](model.parameters()), make_offloader=OFFLOADERS[offloader])
+    train(model, engine, batches)
+    train_round_robin(twin, GROUPS, OPTIMIZERS[name], windows(batches), next_token_loss)
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("offloader", ["host", "lagging"])
+@pytest.mark.parametrize("group_size", [2, 3, 4])
+@pytest.mark.parametrize("order", ["bottom2up", "top2down", "random"])
+def test_orders_and_group_sizes(order, group_size, offloader):
+    joined = [sum(GROUPS[i : i + group_size], []) for i in range(0, 5, group_size)]
+    model, twin, batches = Net(), Net(), tokens(4 * len(joined) + 1)
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(
+        model, optimizer, group_size=group_size, order=order, seed=5, make_offloader=OFFLOADERS[offloader]
+    )
+    assert [list(group.parameters) for group in engine.groups] == joined
+    train(model, engine, batches)
+    train_round_robin(twin, joined, adamw, windows(batches), next_token_loss, order=engine.schedule.group_at)
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("offloader", ["host", "none", "lagging"])
+@pytest.mark.parametrize("group_size", [5, 6, 100])
+def test_one_group_is_full_fine_tuning(group_size, offloader):
+    model, twin, batches = Net(), Net(), tokens(6)
+    engine = HiFTEngine.attach(
+        model, adamw(model.parameters()), group_size=group_size, make_offloader=OFFLOADERS[offloader]
+    )
+    train(model, engine, batches)
+    optimizer = adamw(twin.parameters())
+    for batch in batches:
+        optimizer.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizer.step()
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("offloader", OFFLOADERS)
+def test_steps_per_group_keeps_the_state(offloader):
+    model, twin, batches = Net(), Net(), tokens(23)
+    engine = HiFTEngine.attach(
+        model, adamw(model.parameters()), steps_per_group=3, make_offloader=OFFLOADERS[offloader]
+    )
+    train(model, engine, batches)
+    train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss, steps_per_group=3)
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("offloader", ["host", "lagging"])
+def test_always_active_units_train_at_every_step(offloader):
+    model, twin, batches = Net(), Net(), tokens(11)
+    engine = HiFTEngine.attach(
+        model, adamw(model.parameters()), always_active=["head"], make_offloader=OFFLOADERS[offloader]
+    )
+    assert len(engine.groups) == 4
+    train(model, engine, batches)
+    train_round_robin(twin, GROUPS[:4], adamw, windows(batches), next_token_loss, always_active=GROUPS[4])
+    assert_same_weights(model, twin)
+
+
+def test_accumulation_keeps_one_group_per_window_and_clipping_sees_only_it():
+    model, twin, batches = Net(), Net(), tokens(22)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, batches, accumulate=4, clip_norm=0.05)
+    train_round_robin(
+        twin, GROUPS, adamw, windows(batches, 4), next_token_loss, clip_norm=0.05, window_size=4
+    )
+    assert_same_weights(model, twin)
+
+
+def test_accumulation_equals_one_large_batch():
+    model, twin, batches = Net(), Net(), tokens(40)
+    train(model, HiFTEngine.attach(model, adamw(model.parameters())), batches, accumulate=4)
+    joined = [torch.cat(batches[i : i + 4]) for i in range(0, 40, 4)]
+    train(twin, HiFTEngine.attach(twin, adamw(twin.parameters())), joined)
+    for name, p in model.named_parameters():
+        # Another order of summation, and AdamW amplifies rounding where a gradient is close to 0.
+        torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12])
+def test_held_learning_rate(steps):
+    def lr(t):
+        return 0.01 * (1 - t / 20)
+
+    model, twin, batches = Net(), Net(), tokens(steps)
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer)
+    scheduler = SweepLR(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 20), engine)
+    train(model, engine, batches, scheduler=scheduler)
+    train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss, lr_at=lr)
+    assert_same_weights(model, twin)
+
+
+def test_only_the_active_group_has_gradients_and_is_trainable():
+    model, batches = Net(), tokens(7)
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer, order="top2down")
+    for step, batch in enumerate(batches):
+        expected = GROUPS[4 - step % 5]
+        assert list(engine.active_group.parameters) == expected
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+            name for name, _ in model.named_parameters() if name in expected
+        ]
+        next_token_loss(model, batch).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == set(expected)
+        optimizer.step()
+        assert all(p.grad is None for p in model.parameters())
+        assert not optimizer.state
+
+
+def test_backward_stops_at_the_lowest_active_layer():
+    def saved_bytes():
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            next_token_loss(model, batch).backward()
+        return sum(sizes)
+
+    model, batch = Net(), tokens(1)[0]
+    everything = saved_bytes()
+    model.zero_grad()
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    saved = []
+    for _ in range(5):
+        saved.append(saved_bytes())
+        engine.optimizer.step()
+    assert max(saved) < everything
+    # An embedding saves its indices only, so the first block is the dearest.
+    assert saved[1:] == sorted(saved[1:], reverse=True)
+    assert saved[4] < saved[1] / 2
+
+
+def test_state_bytes():
+    model, batches = Net(), tokens(10)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=lagging)
+    train(model, engine, batches)
+    step_counts = 4 * len(list(model.parameters()))
+    assert engine.offloader.host_bytes == 8 * sum(p.numel() for p in model.parameters()) + step_counts
+    # After the last step only the next group's state is there or on its way.
+    next_group = engine.active_group
+    assert engine.offloader.device_bytes == 8 * next_group.numel + 4 * len(next_group.parameters)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offloader", OFFLOADERS)
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "sgd_momentum", "adagrad", "adafactor"])
+@pytest.mark.parametrize("cut", [1, 4, 5, 8])
+def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
+    def attach(model):
+        return HiFTEngine.attach(
+            model,
+            OPTIMIZERS[name](model.parameters()),
+            order="random",
+            reshuffle=True,
+            seed=2,
+            make_offloader=OFFLOADERS[offloader],
+        )
+
+    batches = tokens(12)
+    whole, first, second = Net(), Net(), Net(seed=9)
+    train(whole, attach(whole), batches)
+
+    engine = attach(first)
+    train(first, engine, batches[:cut])
+    torch.save({"model": first.state_dict(), "optimizer": engine.optimizer.state_dict()}, tmp_path / "state.pt")
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = attach(second)
+    second.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    assert not resumed.optimizer.state
+    assert resumed.step == cut
+    train(second, resumed, batches[cut:])
+    assert_same_weights(whole, second)
+
+
+def test_checkpoint_opens_in_a_plain_optimizer():
+    model, batches = Net(), tokens(8)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, batches)
+    saved = copy.deepcopy(engine.optimizer.state_dict())
+
+    plain = adamw(copy.deepcopy(model).parameters())
+    plain.load_state_dict({k: v for k, v in saved.items()})
+    assert set(plain.state_dict()["state"]) == set(range(len(list(model.parameters()))))
+    for index, state in plain.state_dict()["state"].items():
+        for key, value in saved["state"][index].items():
+            assert torch.equal(state[key], value)
+    # Two sweeps visited groups 0 to 2 twice and groups 3 and 4 once.
+    visits = [int(saved["state"][i]["step"]) for i, (n, _) in enumerate(model.named_parameters()) if "embedding" in n]
+    assert visits == [2]
+
+
+def test_plain_checkpoint_opens_in_the_engine():
+    model = Net()
+    plain = adamw(model.parameters())
+    for batch in tokens(3):
+        plain.zero_grad()
+        next_token_loss(model, batch).backward()
+        plain.step()
+    plain.zero_grad()
+    saved = copy.deepcopy(plain.state_dict())
+
+    twin = copy.deepcopy(model)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine.optimizer.load_state_dict(saved)
+    assert engine.step == 0
+    train(model, engine, tokens(5, seed=8))
+
+    named = dict(twin.named_parameters())
+    indices = {name: i for i, name in enumerate(named)}
+    for group, batch in zip(GROUPS, tokens(5, seed=8), strict=True):
+        optimizer = adamw([named[name] for name in group])
+        state = {i: saved["state"][indices[name]] for i, name in enumerate(group)}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        twin.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizer.step()
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"group_size": 2}, "group_size: 1 against 2"),
+        ({"order": "top2down"}, "order: 'bottom2up' against 'top2down'"),
+        ({"steps_per_group": 2}, "steps_per_group: 1 against 2"),
+        ({"always_active": ["head"]}, "always_active: 0 against 1"),
+        ({"frozen": ["embedding"]}, "units: 5 against 4"),
+        ({"units": ["embedding", "blocks.*", "norm", "head"]}, "units: 5 against 6"),
+    ],
+)
+def test_checkpoint_of_another_grouping(changed, message):
+    model, other = Net(), Net()
+    saved = HiFTEngine.attach(model, adamw(model.parameters())).optimizer.state_dict()
+    engine = HiFTEngine.attach(other, adamw(other.parameters()), **changed)
+    with pytest.raises(ValueError, match=message):
+        engine.optimizer.load_state_dict(saved)
+
+
+def test_checkpoint_of_another_seed():
+    model, other = Net(), Net()
+    saved = HiFTEngine.attach(model, adamw(model.parameters()), order="random", seed=1).optimizer.state_dict()
+    engine = HiFTEngine.attach(other, adamw(other.parameters()), order="random", seed=2)
+    with pytest.raises(ValueError, match="seed: 1 against 2"):
+        engine.optimizer.load_state_dict(saved)
+
+
+def test_moments_keep_their_dtype_on_load():
+    model = Net().to(torch.bfloat16)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, tokens(5))
+    saved = engine.optimizer.state_dict()
+    saved["state"] = {
+        i: {k: v.float() if k != "step" else v for k, v in s.items()} for i, s in saved["state"].items()
+    }
+    other = Net().to(torch.bfloat16)
+    resumed = HiFTEngine.attach(other, adamw(other.parameters()))
+    resumed.optimizer.load_state_dict(saved)
+    assert {s["exp_avg"].dtype for s in resumed.optimizer.state_dict()["state"].values()} == {torch.float32}
+
+
+# --- the life of an optimizer -----------------------------------------------------------------------------------------
+
+
+def test_close_restores_everything_and_loses_nothing():
+    model, twin, batches = Net(), Net(), tokens(12)
+    for net in (model, twin):
+        net.blocks[1].up.weight.requires_grad_(False)
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer, frozen=["blocks.0"])
+    train(model, engine, batches[:10])
+    before = copy.deepcopy(optimizer.state_dict())
+    engine.close()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["blocks.1.up.weight"]
+    after = optimizer.state_dict()
+    assert after["hift"] == before["hift"]
+    for index, state in before["state"].items():
+        assert all(torch.equal(after["state"][index][key], value) for key, value in state.items())
+
+    # Stepped by hand afterwards, it is an ordinary optimizer with all its moments.
+    plain = adamw(twin.parameters())
+    twin.load_state_dict(model.state_dict())
+    plain.load_state_dict({k: v for k, v in copy.deepcopy(before).items() if k != "hift"})
+    for net, stepped in ((model, optimizer), (twin, plain)):
+        for batch in batches[10:]:
+            stepped.zero_grad()
+            next_token_loss(net, batch).backward()
+            stepped.step()
+    assert_same_weights(model, twin)
+    assert "hift" not in optimizer.state_dict()
+
+
+def test_second_engine_takes_over_state_and_position():
+    model, twin, batches = Net(), Net(), tokens(14)
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer)
+    train(model, engine, batches[:7])
+    engine.close()
+    assert not optimizer.state
+    second = HiFTEngine.attach(model, optimizer)
+    assert second.step == 7
+    train(model, second, batches[7:])
+    train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss)
+    assert_same_weights(model, twin)
+
+
+def test_two_open_engines_on_one_optimizer_are_refused():
+    model = Net()
+    optimizer = adamw(model.parameters())
+    HiFTEngine.attach(model, optimizer)
+    with pytest.raises(RuntimeError, match="already under HiFT"):
+        HiFTEngine.attach(model, optimizer, group_size=2)
+
+
+def test_engine_and_optimizer_are_freed_together():
+    model = Net()
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, tokens(2))
+    engine_ref, optimizer_ref = weakref.ref(engine), weakref.ref(engine.optimizer)
+    del engine, model
+    gc.collect()
+    assert engine_ref() is None
+    assert optimizer_ref() is None
+
+
+def test_scaler_that_skips_a_step_repeats_the_group_in_a_plain_loop():
+    model = Net()
+    optimizer = adamw(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(next_token_loss(model, tokens(1)[0]) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert engine.step == 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# --- the first sweep --------------------------------------------------------------------------------------------------
+
+
+def test_first_sweep_report():
+    model = Net()
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, tokens(4))
+    assert engine.first_sweep_report() is None
+    train(model, engine, tokens(1))
+    report = engine.first_sweep_report()
+    assert report.complete
+    assert report.num_parameters == len(list(model.parameters()))
+    assert engine.first_sweep_report() is None
+
+
+def test_first_sweep_report_names_what_did_not_move():
+    model = Net()
+    model.blocks[0].unused = nn.Parameter(torch.ones(2))
+    model.blocks[1].scaled = nn.Parameter(torch.ones(2))
+    model.blocks[1].register_forward_hook(lambda module, args, out: out + 0 * module.scaled.sum())
+    engine = HiFTEngine.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, engine, tokens(5))
+    report = engine.first_sweep_report()
+    assert not report.complete
+    assert report.without_gradient == ["blocks.0.unused"]
+    assert report.unchanged == ["blocks.1.scaled"]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_refused_optimizers(refused):
+    model = Net()
+    with pytest.raises(TypeError, match=f"{refused.__name__} cannot train one layer group at a time"):
+        HiFTEngine.attach(model, refused(model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_parameter_in_no_optimizer():
+    model = Net()
+    with pytest.raises(ValueError, match=r"No optimizer holds the trainable parameters \['norm.weight', 'norm.bias'\]"):
+        HiFTEngine.attach(model, adamw([p for n, p in model.named_parameters() if not n.startswith("norm.")]))
+
+
+def test_optimizer_with_a_strange_parameter():
+    model = Net()
+    stranger = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"no layer group has, of shapes \[\(3,\)\]"):
+        HiFTEngine.attach(model, adamw([*model.parameters(), stranger]))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_parameter_in_two_optimizers():
+    model = Net()
+    optimizers = [adamw(model.parameters()), adamw(model.head.parameters())]
+    with pytest.raises(ValueError, match=r"More than one optimizer holds the parameters \['head.weight'"):
+        attach_engines(model, optimizers)
+
+
+def test_group_without_gradient_is_named():
+    model = Net()
+    model.blocks.append(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model.forward = lambda x: model.head(model.norm(model.embedding(x)))
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, tokens(1))
+    engine.optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"Layer group 1 \(blocks.0\).*frozen=.*use_reentrant=False"):
+        engine.optimizer.step()
+
+
+def test_everything_always_active_is_refused():
+    model = Net()
+    with pytest.raises(ValueError, match="group_size=5"):
+        HiFTEngine.attach(
+            model, adamw(model.parameters()), always_active=["embedding", "blocks.*", "head"]
+        )
+
+
+def test_parameters_added_later_are_refused():
+    model = Net()
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(RuntimeError, match="new parameters after HiFT was attached"):
+        engine.activate()

@@ -1,0 +1,182 @@
+"""The offloader on its own, and proof that the lagging device notices each missing wait."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hift import HiFTEngine, StateOffloader
+from tests.lagging import LaggingDevice
+from tests.models import Net, adamw, next_token_loss, tokens
+
+
+def parameter(value=0.0):
+    return nn.Parameter(torch.full((3,), value))
+
+
+def lagging(ignores=lambda waiting, awaited: False, **options):
+    return StateOffloader("cpu", device_module=LaggingDevice(ignores), always_copy=True, **options)
+
+
+def give_and_leave(offloader, states):
+    """A step whose group then leaves the device."""
+    offloader.give(states)
+    offloader.hold([])
+
+
+def test_lagging_device_poisons_until_the_event_is_waited_for():
+    device = LaggingDevice()
+    stream = device.Stream()
+    source, destination = torch.ones(2), torch.zeros(2)
+    ready = device.current_stream().record_event()
+    with device.stream(stream):
+        stream.wait_event(ready)
+        destination.copy_(source)
+        event = stream.record_event()
+    assert destination.isnan().all()
+    source.fill_(5.0)
+    device.current_stream().wait_event(event)
+    assert destination.tolist() == [5.0, 5.0]
+    assert device.copies == 1
+
+
+@pytest.mark.parametrize("make", [lambda: StateOffloader("cpu"), lagging], ids=["host", "lagging"])
+def test_state_survives_a_round_trip(make):
+    offloader, a, b = make(), parameter(), parameter()
+    state = {"step": torch.tensor(3.0), "moments": [torch.ones(3), {"x": torch.arange(3)}], "name": "a"}
+    give_and_leave(offloader, {a: state})
+    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
+    taken = offloader.take([a])[a]
+    assert taken["step"] == 3
+    assert taken["moments"][0].tolist() == [1, 1, 1]
+    assert taken["moments"][1]["x"].tolist() == [0, 1, 2]
+    assert taken["name"] == "a"
+
+
+def test_hold_prefetches_what_comes_next():
+    device = LaggingDevice()
+    offloader = StateOffloader("cpu", device_module=device, always_copy=True)
+    p = parameter()
+    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    released = device.copies
+    offloader.hold([p])
+    assert device.copies == released + 1
+    assert offloader.take([p])[p]["m"].tolist() == [1, 1, 1]
+    assert device.copies == released + 1
+
+
+def test_without_prefetch_the_copy_waits_for_the_step():
+    device = LaggingDevice()
+    offloader = StateOffloader("cpu", prefetch=False, device_module=device, always_copy=True)
+    p = parameter()
+    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    released = device.copies
+    offloader.hold([p])
+    assert device.copies == released
+    offloader.take([p])
+    assert device.copies == released + 1
+
+
+def test_a_prefetch_for_another_group_is_dropped_unharmed():
+    offloader, a, b = lagging(), parameter(), parameter()
+    give_and_leave(offloader, {a: {"m": torch.ones(3)}})
+    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
+    offloader.hold([a])
+    offloader.hold([b])
+    assert offloader.take([b])[b]["m"].tolist() == [0, 0, 0]
+    assert offloader.take([a])[a]["m"].tolist() == [1, 1, 1]
+
+
+def test_host_memory_is_allocated_once_per_tensor():
+    offloader, p = lagging(), parameter()
+    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    first = offloader.state_of(p)["m"].data_ptr()
+    give_and_leave(offloader, offloader.take([p]))
+    offloader.drain()
+    assert offloader.state_of(p)["m"].data_ptr() == first
+
+
+def test_offload_none_keeps_state_on_the_device():
+    device = LaggingDevice()
+    offloader, p = StateOffloader("cpu", "none", device_module=device, always_copy=True), parameter()
+    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    assert device.copies == 0
+    assert offloader.device_bytes == 12
+    assert offloader.host_bytes == 0
+    offloader.release_all()
+    assert offloader.device_bytes == 0
+    assert offloader.state_of(p)["m"].tolist() == [1, 1, 1]
+
+
+def test_bytes():
+    offloader, a, b = lagging(), parameter(), parameter()
+    give_and_leave(offloader, {a: {"m": torch.ones(3), "v": torch.ones(3)}})
+    offloader.give({b: {"m": torch.ones(3)}})
+    assert (offloader.device_bytes, offloader.host_bytes) == (12, 24)
+
+
+def test_put_copies_and_keeps_named_tensors_on_the_host():
+    device = LaggingDevice()
+    offloader, p = StateOffloader("cpu", device_module=device, always_copy=True), parameter()
+    given = torch.ones(3)
+    offloader.put(p, {"step": torch.tensor(1.0), "m": given}, stays_on_host=("step",))
+    given.zero_()
+    taken = offloader.take([p])[p]
+    assert device.copies == 1
+    assert taken["m"].tolist() == [1, 1, 1]
+
+
+def test_unknown_tier():
+    with pytest.raises(ValueError, match="offload='cloud'; choose one of 'host', 'none'"):
+        StateOffloader("cpu", "cloud")
+
+
+def steps_on(offloader, steps=7, repeats=1):
+    """Weights and final state after a few steps; ``repeats`` steps the same batch's group several times."""
+    model = Net()
+    engine = HiFTEngine.attach(
+        model, adamw(model.parameters()), make_offloader=lambda: offloader, advance_on_step=False
+    )
+    for batch in tokens(steps):
+        engine.activate()
+        for _ in range(repeats):
+            next_token_loss(model, batch).backward()
+            engine.announce_step()
+            engine.optimizer.step()
+    state = engine.optimizer.state_dict()["state"]
+    return [p.detach().clone() for p in model.parameters()] + [s["exp_avg"] for s in state.values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_all_waits_in_place(repeats):
+    assert same(steps_on(StateOffloader("cpu"), repeats=repeats), steps_on(lagging(), repeats=repeats))
+
+
+def test_missing_wait_of_the_step_for_the_fetch_is_noticed():
+    forgetful = lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "fetch"))
+    assert not same(steps_on(StateOffloader("cpu")), steps_on(forgetful))
+
+
+def test_missing_wait_of_the_fetch_for_the_release_is_noticed():
+    # Only a group that is stepped again at once is fetched while it is still being released.
+    forgetful = lagging(lambda waiting, awaited: (waiting, awaited) == ("fetch", "release"))
+    assert not same(steps_on(StateOffloader("cpu"), repeats=2), steps_on(forgetful, repeats=2))
+
+
+@pytest.mark.parametrize("side", ["fetch", "release"])
+def test_missing_wait_of_a_copy_for_the_compute_stream_is_noticed(side):
+    with pytest.raises(AssertionError, match=f"The {side} stream copies without having waited"):
+        steps_on(lagging(lambda waiting, awaited: (waiting, awaited) == (side, "compute")))
+
+
+def test_missing_wait_before_freeing_is_noticed():
+    with pytest.raises(AssertionError, match="Memory was freed while the release stream"):
+        steps_on(lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "release")))
+
+
+def test_missing_drain_before_a_checkpoint_is_noticed(monkeypatch):
+    monkeypatch.setattr(StateOffloader, "drain", lambda self: None)
+    assert not same(steps_on(StateOffloader("cpu")), steps_on(lagging()))
