@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,9 +15,12 @@ from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import Module
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.callback import HiFTCallback
+from lightning_hift.engine import HiFTEngine
 from lightning_hift.offload import Offload, StateOffloader
 
 
@@ -68,6 +72,7 @@ class HiFTStrategy(SingleDeviceStrategy):
         self.pin_memory = pin_memory
         self.master_weights = master_weights
         self._device_is_auto = device == "auto"
+        self._hift: HiFTCallback | None = None
 
     @property
     def parallel_devices(self) -> list[torch.device]:
@@ -104,10 +109,36 @@ class HiFTStrategy(SingleDeviceStrategy):
         if fitting:
             self._warn_about_half_precision()
             self.setup_optimizers(trainer)
-            self._callback(trainer).attach(trainer)
+            self._hift = self._callback(trainer)
+            self._hift.attach(trainer)
         self.model_to_device()
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for engine in self._engines_without_callback():
+            engine.activate()
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        for engine in self._engines_without_callback():
+            if engine.optimizer is optimizer:
+                engine.announce_step()
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def _engines_without_callback(self) -> Sequence[HiFTEngine]:
+        """Engines that the callback does not drive: the learning-rate finder takes it out of the Trainer for a while."""
+        assert self.lightning_module is not None
+        if self._hift is None or self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+            return ()
+        return self._hift.engines
 
     def _callback(self, trainer: pl.Trainer) -> HiFTCallback:
         return next(c for c in trainer.callbacks if isinstance(c, HiFTCallback))  # type: ignore[attr-defined]

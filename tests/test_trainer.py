@@ -1,0 +1,644 @@
+"""HiFT in the Trainer: the ways in, and modules that were not written for it."""
+
+import copy
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
+from tests.lagging import LaggingDevice
+from tests.models import (
+    GROUPS,
+    Automatic,
+    Block,
+    Manual,
+    Net,
+    adamw,
+    assert_same_weights,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+    weights,
+)
+from tests.reference.round_robin import train_round_robin
+
+
+class LaggingStrategy(HiFTStrategy):
+    """Copies that lag behind, on the CPU."""
+
+    def make_offloader(self):
+        return StateOffloader("cpu", self.offload, self.prefetch, device_module=LaggingDevice(), always_copy=True)
+
+
+WAYS_IN = {
+    "strategy": lambda: {"strategy": "hift"},
+    "callback": lambda: {"callbacks": [HiFTCallback()]},
+    "both": lambda: {"strategy": HiFTStrategy(), "callbacks": [HiFTCallback()]},
+    "lagging": lambda: {"strategy": LaggingStrategy()},
+    "resident": lambda: {"strategy": HiFTStrategy(offload="none")},
+    "late": lambda: {"strategy": HiFTStrategy(prefetch=False)},
+}
+
+
+def linear_decay(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 40)
+
+
+def reference(steps, accumulate=1, clip_norm=None, make_optimizer=adamw, lr_at=None):
+    net = Net()
+    batches = tokens(steps)
+    windows = [batches[i : i + accumulate] for i in range(0, steps, accumulate)]
+    train_round_robin(
+        net, GROUPS, make_optimizer, windows, next_token_loss, clip_norm=clip_norm, window_size=accumulate, lr_at=lr_at
+    )
+    return net
+
+
+@pytest.mark.parametrize("module", [Automatic, Manual])
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_all_ways_in_equal_the_reference(way, module):
+    model = module(make_scheduler=linear_decay)
+    trainer(**WAYS_IN[way]()).fit(model, loader(13))
+    assert_same_weights(model, reference(13, lr_at=lambda step: 0.01 * (1 - step / 40)))
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback", "lagging"])
+@pytest.mark.parametrize("module", ["automatic", "manual"])
+def test_accumulation_with_a_ragged_last_window_and_clipping(way, module):
+    options = {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05}
+    if module == "automatic":
+        model, run = Automatic(), trainer(**WAYS_IN[way](), **options)
+    else:
+        model, run = Manual(**options), trainer(**WAYS_IN[way]())
+    run.fit(model, loader(22))
+    assert run.global_step == 6
+    assert_same_weights(model, reference(22, accumulate=4, clip_norm=0.05))
+
+
+def test_clipping_by_value():
+    automatic, manual = Automatic(), Manual(gradient_clip_val=0.001, gradient_clip_algorithm="value")
+    trainer(strategy="hift", gradient_clip_val=0.001, gradient_clip_algorithm="value").fit(automatic, loader(7))
+    trainer(strategy="hift").fit(manual, loader(7))
+    assert_same_weights(automatic, manual)
+
+
+def test_one_group_equals_plain_lightning():
+    model, plain = Automatic(make_scheduler=linear_decay), Automatic(make_scheduler=linear_decay)
+    trainer(callbacks=[HiFTCallback(group_size=100)]).fit(model, loader(9))
+    trainer().fit(plain, loader(9))
+    assert_same_weights(model, plain)
+
+
+def test_module_without_callback_is_plain_lightning():
+    manual, plain = Manual(make_scheduler=linear_decay), Automatic(make_scheduler=linear_decay)
+    for model in (manual, plain):
+        trainer().fit(model, loader(9))
+    assert_same_weights(manual, plain)
+
+
+# --- modules that know nothing of HiFT --------------------------------------------------------------------------------
+
+
+def forms(module):
+    """All return forms of ``configure_optimizers``."""
+    optimizer = adamw(module.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    config = {"scheduler": scheduler, "interval": "epoch"}
+    return {
+        "optimizer": optimizer,
+        "list": [optimizer],
+        "two_lists": ([optimizer], [scheduler]),
+        "two_lists_config": ([optimizer], [config]),
+        "dict": {"optimizer": optimizer},
+        "dict_scheduler": {"optimizer": optimizer, "lr_scheduler": scheduler},
+        "dict_config": {"optimizer": optimizer, "lr_scheduler": config},
+        "tuple_of_dicts": ({"optimizer": optimizer, "lr_scheduler": config},),
+    }
+
+
+@pytest.mark.parametrize("form", list(forms(nn.Linear(1, 1))))
+def test_return_forms_of_configure_optimizers(form):
+    class Module(Automatic):
+        def configure_optimizers(self):
+            return forms(self)[form]
+
+    model = Module()
+    run = trainer(strategy="hift")
+    run.fit(model, loader(7))
+    assert_same_weights(model, reference(7))
+
+
+class GAN(pl.LightningModule):
+    """Two optimizers with toggling, of different depth."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        loss = -self.critic(self.generator(batch)).mean()
+        first.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        self.untoggle_optimizer(first)
+
+        self.toggle_optimizer(second)
+        loss = self.critic(self.generator(batch).detach()).mean() - self.critic(batch).square().mean()
+        second.zero_grad()
+        self.manual_backward(loss)
+        second.step()
+        self.untoggle_optimizer(second)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(net.parameters(), lr=0.01) for net in (self.generator, self.critic)]
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback", "lagging"])
+def test_gan_with_toggled_optimizers(way):
+    batches = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    model, twin = GAN(), GAN()
+    run = trainer(**WAYS_IN[way]())
+    run.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+
+    parts = [[twin.generator[i] for i in (0, 2, 4)], [twin.critic[i] for i in (0, 2)]]
+    optimizers = [[torch.optim.Adam(layer.parameters(), lr=0.01) for layer in part] for part in parts]
+    for step, batch in enumerate(batches):
+        twin.zero_grad()
+        (-twin.critic(twin.generator(batch)).mean()).backward()
+        optimizers[0][step % 3].step()
+        twin.zero_grad()
+        (twin.critic(twin.generator(batch).detach()).mean() - twin.critic(batch).square().mean()).backward()
+        optimizers[1][step % 2].step()
+    assert_same_weights(model, twin)
+    assert run.global_step == 16
+    assert all(p.requires_grad for p in model.parameters())
+    assert {"hift/group/0", "hift/group/1"} <= run.logged_metrics.keys()
+
+
+def test_manual_module_that_steps_its_optimizer_twice_per_batch():
+    class Twice(Automatic):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                self.manual_backward(next_token_loss(self.net, batch))
+                self.optimizers().step()
+
+    model, twin = Twice(), Net()
+    trainer(strategy=LaggingStrategy()).fit(model, loader(7))
+    optimizers = [adamw([dict(twin.named_parameters())[n] for n in group]) for group in GROUPS]
+    for step, batch in enumerate(tokens(7)):
+        for _ in range(2):
+            twin.zero_grad()
+            next_token_loss(twin, batch).backward()
+            optimizers[step % 5].step()
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("module", [Automatic, Manual])
+def test_overflow_in_mixed_precision_skips_the_step_safely(module):
+    class Overflowing(module):
+        def backward(self, loss, *args, **kwargs):
+            super().backward(loss, *args, **kwargs)
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 2:
+                for p in self.parameters():
+                    if p.grad is not None:
+                        p.grad.view(-1)[0] = torch.inf
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, run, model, batch, batch_idx):
+            self.before = weights(model)
+
+        def on_train_batch_end(self, run, model, outputs, batch, batch_idx):
+            after = weights(model)
+            changed.append({name for name in after if not torch.equal(after[name], self.before[name])})
+
+    changed = []
+    model = Overflowing()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+    run = trainer(plugins=[precision], callbacks=[HiFTCallback(), Watch()])
+    with pytest.warns(UserWarning, match="6 were not stepped .gradients overflowed"):
+        run.fit(model, loader(10))
+    assert changed == [set(GROUPS[i % 5]) if i != 2 else set() for i in range(10)]
+    assert precision.scaler.get_scale() == 32.0
+    steps = [int(s["step"]) for s in run.optimizers[0].state_dict()["state"].values()]
+    assert sorted(set(steps)) == [1, 2]
+
+
+def test_training_step_that_returns_none_skips():
+    class Skips(Automatic):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    model, start = Skips(), Net()
+    with pytest.warns(UserWarning, match="returned `None`|received no gradient"):
+        trainer(strategy="hift").fit(model, loader(5))
+    after, before = weights(model), weights(start)
+    assert {n for n in after if torch.equal(after[n], before[n])} == set(GROUPS[1])
+
+
+def test_user_frozen_parameters_stay_frozen_and_requires_grad_is_restored():
+    model = Automatic()
+    for p in model.net.blocks[1].parameters():
+        p.requires_grad_(False)
+    before = weights(model)
+    callback = HiFTCallback(frozen=["net.embedding"])
+    trainer(callbacks=[callback]).fit(model, loader(8))
+    after = weights(model)
+    assert len(callback.groups) == 3
+    fixed = {n for n in after if torch.equal(after[n], before[n])}
+    assert fixed == {n for n in after if n.startswith(("blocks.1.", "embedding."))}
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith("net.blocks.1.")
+    }
+
+
+def test_requires_grad_is_restored_after_an_error():
+    class Fails(Automatic):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(ZeroDivisionError):
+        trainer(strategy="hift").fit(model, loader(8))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_second_fit():
+    model, twin = Automatic(), Automatic()
+    for m in (model, twin):
+        for _ in range(2):
+            trainer(strategy="hift").fit(m, loader(7))
+    run = trainer(strategy="hift")
+    run.fit(model, loader(7))
+    run.fit_loop.epoch_progress.reset()
+    run.fit_loop.max_epochs = 1
+    run.fit(model, loader(7))
+    for _ in range(2):
+        trainer(strategy="hift").fit(twin, loader(7))
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback"])
+def test_second_fit_with_a_cached_optimizer_goes_on(way):
+    class Caches(Automatic):
+        def configure_optimizers(self):
+            if not hasattr(self, "cached"):
+                self.cached = adamw(self.parameters())
+            return self.cached
+
+    model = Caches()
+    for part in (tokens(11)[:7], tokens(11)[7:]):
+        run = trainer(**WAYS_IN[way]())
+        run.fit(model, torch.utils.data.DataLoader(part, batch_size=None))
+        assert not model.cached.state
+    assert_same_weights(model, reference(11))
+
+
+def test_no_foreign_code_sees_optimizer_state(monkeypatch):
+    seen = []
+
+    def spy(optimizers, device):
+        seen.extend(sum(len(state) for state in o.state.values()) for o in optimizers)
+
+    monkeypatch.setattr("lightning.pytorch.strategies.strategy._optimizers_to_device", spy)
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.strategy._optimizer_to_device", lambda o, device: spy([o], device)
+    )
+    for way in ("strategy", "callback"):
+        run = trainer(**WAYS_IN[way]())
+        run.fit(Automatic(), loader(7))
+    assert len(seen) >= 3
+    assert set(seen) == {0}
+
+
+def test_adagrad_allocates_its_state_before_the_model_moves(monkeypatch):
+    class Module(Automatic):
+        def configure_optimizers(self):
+            order.append("optimizer")
+            return torch.optim.Adagrad(self.parameters())
+
+    order = []
+    monkeypatch.setattr(HiFTStrategy, "model_to_device", lambda self: order.append("move"))
+    trainer(strategy="hift").fit(Module(), loader(2))
+    assert order == ["optimizer", "move"]
+
+
+# --- callbacks of Lightning -------------------------------------------------------------------------------------------
+
+
+def test_fast_dev_run():
+    model = Automatic()
+    run = trainer(strategy="hift", fast_dev_run=True)
+    run.fit(model, loader(5), loader(2))
+    assert run.global_step == 1
+
+
+def test_barebones():
+    model = Automatic()
+    pl.Trainer(accelerator="cpu", barebones=True, max_epochs=1, strategy="hift").fit(model, loader(7))
+    assert_same_weights(model, reference(7))
+
+
+def test_logged_values(tmp_path):
+    model = Automatic()
+    callback = HiFTCallback(order="top2down")
+    monitor = LearningRateMonitor("step")
+    run = trainer(
+        callbacks=[monitor, callback], logger=CSVLogger(tmp_path), log_every_n_steps=1, gradient_clip_val=1e-3
+    )
+    norms = []
+
+    class Norms(pl.Callback):
+        def on_before_optimizer_step(self, run, model, optimizer):
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    run.callbacks.append(Norms())
+    run.fit(model, loader(7))
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    table = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
+
+    def column(name):
+        return [float(row[name]) for row in table if row.get(name)]
+
+    assert column("hift/group") == [4, 3, 2, 1, 0, 4, 3]
+    assert column("hift/sweep") == [0, 0, 0, 0, 1, 1, 1]
+    assert column("hift/grad_norm") == pytest.approx(norms)
+    assert column("lr-AdamW") == [0.01] * 7
+    total = sum(p.numel() for p in model.parameters())
+    assert column("hift/state_bytes_host")[-1] == 8 * total + 4 * len(list(model.parameters()))
+    assert 0 < column("hift/state_bytes_device")[-1] < 8 * total
+    assert [group.numel for group in callback.groups] == [136, 296, 296, 296, 169]
+
+
+def test_progress_bar_shows_sweep_and_group():
+    class Metrics(pl.Callback):
+        def on_train_batch_end(self, run, *args):
+            shown.append({name: float(value) for name, value in run.progress_bar_metrics.items()})
+
+    shown = []
+    trainer(callbacks=[HiFTCallback(), Metrics()]).fit(Automatic(), loader(3))
+    assert [s["hift/group"] for s in shown] == [0, 1, 2]
+    assert all("hift/sweep" in s for s in shown)
+
+
+def test_early_stopping_and_model_checkpoint(tmp_path):
+    model = Automatic(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True, save_top_k=2)
+    run = trainer(
+        max_epochs=9,
+        enable_checkpointing=True,
+        callbacks=[EarlyStopping("val_loss", patience=2), checkpoint, HiFTCallback()],
+    )
+    with pytest.warns(UserWarning, match="kept their value"):
+        run.fit(model, loader(5), loader(2))
+    assert run.current_epoch == 3
+    assert (tmp_path / "last.ckpt").exists()
+    assert isinstance(run.strategy.checkpoint_io, StreamingCheckpointIO)
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback"])
+def test_learning_rate_finder(way):
+    class Module(Automatic):
+        def __init__(self):
+            super().__init__()
+            self.lr = 0.01
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    model = Module()
+    options = WAYS_IN[way]()
+    finder = LearningRateFinder(num_training_steps=20)
+    run = trainer(**{**options, "callbacks": [*options.get("callbacks", []), finder]}, max_epochs=4)
+    before = weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(model, loader(10))
+    assert len(finder.optimal_lr.results["lr"]) >= 15
+    assert run.global_step == 40
+    assert run.optimizers[0].state_dict()["hift"]["step"] == 40
+    assert all(p.requires_grad for p in model.parameters())
+    after = weights(model)
+    assert all(not torch.equal(after[n], before[n]) for n in after)
+
+
+def test_ema_weight_averaging():
+    model, plain = Automatic(), Automatic()
+    run = trainer(callbacks=[HiFTCallback(), EMAWeightAveraging(decay=0.5)])
+    run.fit(model, loader(7))
+    trainer(callbacks=[HiFTCallback()]).fit(plain, loader(7))
+    averaged = {n.removeprefix("net."): p.detach().clone() for n, p in Net().named_parameters()}
+    net, twin = Net(), None
+    optimizers = [adamw([dict(net.named_parameters())[n] for n in group]) for group in GROUPS]
+    for step, batch in enumerate(tokens(7)):
+        net.zero_grad()
+        next_token_loss(net, batch).backward()
+        optimizers[step % 5].step()
+        for name, p in net.named_parameters():
+            # The first update copies, later ones average.
+            averaged[name] = p.detach().clone() if twin is None else averaged[name].lerp(p.detach(), 0.5)
+        twin = net
+    for name, p in weights(model).items():
+        torch.testing.assert_close(p, averaged[name], rtol=1e-6, atol=1e-7)  # lerp is written differently there
+    assert_same_weights(plain, net)
+
+
+def test_stochastic_weight_averaging_replaces_the_scheduler():
+    model = Automatic(make_scheduler=linear_decay)
+    swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=2)
+    run = trainer(callbacks=[HiFTCallback(), swa], max_epochs=5)
+    run.fit(model, loader(5))
+    assert run.current_epoch == 5
+    assert type(run.lr_scheduler_configs[0].scheduler).__name__ != "LambdaLR"
+    assert isinstance(run.lr_scheduler_configs[0].scheduler, torch.optim.swa_utils.SWALR)
+
+
+def test_plateau_scheduler():
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+
+    lrs = {}
+    for module in (Automatic, Manual):
+        model = module(make_scheduler=plateau, interval="epoch")
+        run = trainer(callbacks=[HiFTCallback()], max_epochs=4, num_sanity_val_steps=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # manual optimization: Lightning says that it ignores 'monitor'
+            run.fit(model, loader(5), loader(2))
+        lrs[module] = run.optimizers[0].param_groups[0]["lr"]
+    assert lrs[Automatic] == 0.01 / 16
+    assert lrs[Manual] == lrs[Automatic]
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------------
+
+
+def test_table_and_proof_are_shown(caplog):
+    model = Automatic()
+    model.net.norm.requires_grad_(False)
+    with caplog.at_level("INFO"):
+        trainer(strategy="hift").fit(model, loader(6))
+    text = caplog.text
+    assert "HiFT: bottom2up over 5 layer groups" in text
+    assert "net.blocks.1" in text
+    assert "Frozen: 16 parameters in 2 tensors (net.norm.weight, net.norm.bias)" in text
+    assert "first sweep done, all 21 trainable parameters were updated" in text
+
+
+def test_groups_and_active_group_are_readable():
+    callback = HiFTCallback(order="top2down")
+    with pytest.raises(RuntimeError, match="before fit has begun"):
+        _ = callback.active_group
+    trainer(callbacks=[callback]).fit(Automatic(), loader(2))
+    assert [group.index for group in callback.groups] == [0, 1, 2, 3, 4]
+    assert callback.active_group.name == "net.blocks.2"
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 0}, "group_size=0"),
+        ({"steps_per_group": 0}, "steps_per_group=0"),
+        ({"order": "up2down"}, "'top2down'"),
+        ({"order": "inside_out"}, "'bottom2up', 'top2down', 'random'"),
+        ({"hold_lr": "sometimes"}, "'replay', 'once', 'off'"),
+    ],
+)
+def test_bad_callback_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        HiFTCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"offload": "cloud"}, "offload='cloud'"), ({"master_weights": "maybe"}, "master_weights='maybe'")],
+)
+def test_bad_strategy_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        HiFTStrategy(**options)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "fsdp", "deepspeed"])
+def test_distributed_strategies_are_refused(strategy):
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+    refused = {"ddp": DDPStrategy, "fsdp": FSDPStrategy, "ddp_spawn": DDPStrategy, "deepspeed": ModelParallelStrategy}
+    run = trainer()
+    run.strategy.__class__  # noqa: B018
+    fake = refused[strategy].__new__(refused[strategy])
+    fake._checkpoint_io = None
+    run._accelerator_connector.strategy = fake
+    with pytest.raises(Exception, match=r"HiFTCallback does not work with .*devices=1, strategy='hift'"):
+        HiFTCallback().setup(run, Automatic(), "fit")
+
+
+def test_ddp_is_refused_in_fit():
+    with pytest.raises(Exception, match="HiFTCallback does not work with DDPStrategy"):
+        trainer(strategy="ddp", callbacks=[HiFTCallback()]).fit(Automatic(), loader(2))
+
+
+def test_more_than_one_device():
+    with pytest.raises(Exception, match=r"trains on one device, got 2. Use Trainer\(devices=1\)"):
+        trainer(strategy="hift", devices=2)
+
+
+def test_two_callbacks():
+    with pytest.raises(Exception, match="more than one HiFTCallback"):
+        trainer(callbacks=[HiFTCallback(), HiFTCallback()]).fit(Automatic(), loader(2))
+
+
+def test_optimizer_behind_the_back_of_lightning():
+    class Raw(Automatic):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(next_token_loss(self.net, batch))
+            self.optimizers(use_pl_optimizer=False).step()
+
+    with pytest.raises(RuntimeError, match="stepped behind the back of the Trainer"):
+        trainer(strategy="hift").fit(Raw(), loader(2))
+
+
+def test_optimizer_that_was_not_configured():
+    class Private(Automatic):
+        def on_train_batch_end(self, *args):
+            self.optimizers(use_pl_optimizer=False).step()
+
+    with pytest.raises(RuntimeError, match="stepped behind the back of the Trainer"):
+        trainer(strategy="hift").fit(Private(), loader(2))
+
+
+def test_unused_branch_is_named():
+    class Unused(Automatic):
+        def __init__(self):
+            super().__init__()
+            self.net.spare = nn.ModuleList([Block()])
+
+    with pytest.raises(RuntimeError, match=r"\(net.spare.0\) is the only one that trains.*frozen=\[...\]"):
+        trainer(strategy="hift").fit(Unused(), loader(9))
+
+
+def test_reentrant_checkpointing_is_explained():
+    class Reentrant(Automatic):
+        def __init__(self):
+            super().__init__()
+            block = self.net.blocks[1]
+            inner = block.forward
+            block.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)
+
+    model = Reentrant()
+    with (
+        pytest.raises(RuntimeError, match=r"Layer group 1 \(net.blocks.1\).*use_reentrant=True"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # torch also warns: none of the inputs requires grad
+        trainer(callbacks=[HiFTCallback(order="bottom2up", frozen=["net.embedding"])]).fit(model, loader(9))
+
+
+def test_non_reentrant_checkpointing_changes_nothing():
+    class Checkpointed(Automatic):
+        def __init__(self):
+            super().__init__()
+            for block in self.net.blocks:
+                inner = block.forward
+                block.forward = lambda x, inner=inner: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+
+    model = Checkpointed()
+    trainer(strategy="hift").fit(model, loader(8))
+    assert_same_weights(model, reference(8))
+
+
+def test_deepcopy_of_the_module_after_fit():
+    model = Automatic()
+    trainer(strategy="hift").fit(model, loader(3))
+    assert_same_weights(copy.deepcopy(model), model)
