@@ -1,18 +1,28 @@
 """HiFT for PyTorch Lightning: fine-tune all parameters of a model, one layer group at a time."""
 
-from lightning_hift.callback import HiFTCallback
-from lightning_hift.checkpoint_io import StreamingCheckpointIO
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning_hift.engine import HiFTEngine, attach_engines
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
-from lightning_hift.module import HiFTModule
 from lightning_hift.offload import StateOffloader
+from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
-from lightning_hift.strategy import HiFTStrategy
+
+if TYPE_CHECKING:
+    from lightning_hift.callback import HiFTCallback
+    from lightning_hift.checkpoint_io import StreamingCheckpointIO
+    from lightning_hift.cli import HiFTCLI
+    from lightning_hift.module import HiFTModule
+    from lightning_hift.strategy import HiFTStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HiFTCLI",
     "HiFTCallback",
     "HiFTEngine",
     "HiFTModule",
@@ -27,3 +37,21 @@ __all__ = [
     "find_layer_units",
     "group_units",
 ]
+
+# Imported on first use: a plain torch loop needs no Lightning, whose import also brings in torchmetrics and transformers.
+_NEEDS_LIGHTNING = {
+    "HiFTCLI": "cli",
+    "HiFTCallback": "callback",
+    "HiFTModule": "module",
+    "HiFTStrategy": "strategy",
+    "StreamingCheckpointIO": "checkpoint_io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_NEEDS_LIGHTNING[name]}"), name)
+
+
+register_strategies()

@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.engine import HiFTEngine, attach_engines
 from lightning_hift.grouping import LayerGroup
-from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held, starts_at_zero
+from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
 from lightning_hift.proof import SweepReport
 from lightning_hift.schedule import Order, check_order
@@ -162,17 +162,16 @@ class HiFTCallback(Callback):
             if engine is None or is_held(config.scheduler):
                 continue
             by_step = config.interval == "step"
-            ahead = 1
-            if by_step and (starts_at_zero(config.scheduler) or self.hold_lr == "once"):
+            if by_step and self.hold_lr == "once" and len(engine.groups) > 1:
                 total = trainer.estimated_stepping_batches
-                ahead = engine.schedule.steps_per_sweep if total == float("inf") else int(total)
-                if self.hold_lr == "once" and len(engine.groups) > 1:
-                    rank_zero_warn(
-                        f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep}"
-                        f" optimizer steps, so {type(config.scheduler).__name__} will get about"
-                        f" {total / engine.schedule.steps_per_sweep:.0f} of the {total} steps it would get without HiFT."
-                        " Size the schedule in sweeps, or use hold_lr='replay'."
-                    )
+                rank_zero_warn(
+                    f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep} optimizer"
+                    f" steps, so {type(config.scheduler).__name__} will get about"
+                    f" {total / engine.schedule.steps_per_sweep:.0f} of the {total} steps it would get without HiFT."
+                    " Size the schedule in sweeps, or use hold_lr='replay'."
+                )
+            # How often a schedule is stepped in a sweep is known only for intervals of steps.
+            ahead = None if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
 
     @override

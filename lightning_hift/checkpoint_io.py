@@ -63,8 +63,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, map_location, weights_only)
-        except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            if "://" in str(path) or _is_whole(Path(path)):
+        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            if "://" in str(path) or not Path(path).is_file() or _is_whole(Path(path)):
                 raise
             raise RuntimeError(
                 f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is truncated or damaged and cannot be read."

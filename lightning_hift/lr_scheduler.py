@@ -22,7 +22,7 @@ class SweepLR:
     It stands in for the scheduler: every other attribute, and its class, are the scheduler's own.
 
     A schedule that starts at a learning rate of 0 would waste the whole first sweep. The first sweep then already uses
-    the learning rate of the second, and the steps taken early are not taken again.
+    the learning rate of the second.
 
     Args:
         scheduler: Any scheduler with ``step`` and ``state_dict``.
@@ -30,7 +30,8 @@ class SweepLR:
         hold_lr: ``"replay"`` makes up for all held-back steps at the end of the sweep, so the schedule ends when it
             should. ``"once"`` makes one step per sweep, as in the paper: a schedule that was sized in optimizer steps
             gets only 1/k of the way. ``"off"`` holds nothing back.
-        steps_ahead: How many steps a schedule that starts at 0 may take early; default: those of one sweep.
+        steps_ahead: How many steps of a schedule that starts at 0 lie between two sweeps; default: one per optimizer
+            step.
 
     Raises:
         ValueError: ``hold_lr`` is unknown.
@@ -44,16 +45,12 @@ class SweepLR:
         self._engine = engine
         self._hold_lr = hold_lr
         self._pending: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._taken_early = 0
+        self._at_zero: list[dict[str, Any]] | None = (
+            None  # the options that a first sweep at learning rate 0 would have
+        )
         self._before_finish: dict[str, Any] | None = None
         if hold_lr != "off" and engine.step == 0 and starts_at_zero(scheduler):
-            ahead = engine.schedule.steps_per_sweep if hold_lr == "replay" else 1
-            ahead = ahead if steps_ahead is None else min(ahead, steps_ahead)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-                for _ in range(ahead):
-                    scheduler.step()
-            self._taken_early = ahead
+            self._look_ahead(1 if hold_lr == "once" else steps_ahead or engine.schedule.steps_per_sweep)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Take note of a step of the schedule, and make up for all of them if the sweep is over."""
@@ -76,22 +73,40 @@ class SweepLR:
         """
         if self._pending and self._before_finish is None:
             state = copy.deepcopy(self.state_dict())
-            state[_CHECKPOINT_KEY]["options"] = [
-                {key: _plain(group[key]) for key in _SCHEDULED if key in group}
-                for group in self._engine.optimizer.param_groups
-            ]
+            state[_CHECKPOINT_KEY]["options"] = self._options()
             self._before_finish = state
             self._apply()
 
     def _apply(self) -> None:
         pending, self._pending = self._pending, []
-        if self._hold_lr == "once":
-            pending = pending[-1:]
-        for args, kwargs in pending:
-            if self._taken_early > 0:
-                self._taken_early -= 1
-            else:
-                self._scheduler.step(*args, **kwargs)
+        if pending and self._at_zero is not None:
+            self._set_options(self._at_zero)
+            self._at_zero = None
+        for args, kwargs in pending[-1:] if self._hold_lr == "once" else pending:
+            self._scheduler.step(*args, **kwargs)
+
+    def _look_ahead(self, steps: int) -> None:
+        """Use the learning rate that the schedule has after ``steps``, with the scheduler itself still at its start."""
+        start, self._at_zero = copy.deepcopy(self._scheduler.state_dict()), self._options()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(min(steps, getattr(self._scheduler, "total_steps", steps))):
+                self._scheduler.step()
+        ahead = self._options()
+        self._scheduler.load_state_dict(start)
+        self._set_options(ahead)
+
+    def _options(self) -> list[dict[str, Any]]:
+        groups = self._engine.optimizer.param_groups
+        return [{key: _plain(group[key]) for key in _SCHEDULED if key in group} for group in groups]
+
+    def _set_options(self, options: list[dict[str, Any]]) -> None:
+        for group, saved in zip(self._engine.optimizer.param_groups, options, strict=True):
+            for key, value in saved.items():
+                if isinstance(group[key], torch.Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own state, and under ``"hift"`` what is held back."""
@@ -99,7 +114,7 @@ class SweepLR:
             return self._before_finish
         held: dict[str, Any] = {
             "pending": [(_plain(args), _plain(kwargs)) for args, kwargs in self._pending],
-            "taken_early": self._taken_early,
+            "at_zero": self._at_zero,
         }
         return {**self._scheduler.state_dict(), _CHECKPOINT_KEY: held}
 
@@ -110,16 +125,12 @@ class SweepLR:
         self._scheduler.load_state_dict(state_dict)
         self._before_finish = None
         self._pending = [(tuple(args), dict(kwargs)) for args, kwargs in held["pending"]] if held else []
-        self._taken_early = held["taken_early"] if held else 0
-        for group, saved in zip(self._engine.optimizer.param_groups, (held or {}).get("options", ()), strict=False):
-            for key, value in saved.items():
-                if isinstance(group[key], torch.Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
+        self._at_zero = held["at_zero"] if held else None
+        if held and "options" in held:
+            self._set_options(held["options"])
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._scheduler)
 
     def __getattr__(self, name: str) -> Any:
@@ -146,6 +157,8 @@ def check_hold_lr(hold_lr: str) -> None:
 def starts_at_zero(scheduler: Any) -> bool:
     """Whether all learning rates are 0 now, for a schedule whose base learning rates are not."""
     groups = scheduler.optimizer.param_groups
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return False  # it only ever lowers them
     return all(float(g["lr"]) == 0 for g in groups) and any(float(g.get("initial_lr", 0)) > 0 for g in groups)
 
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
@@ -134,7 +133,7 @@ class HiFTStrategy(SingleDeviceStrategy):
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def _engines_without_callback(self) -> Sequence[HiFTEngine]:
-        """Engines that the callback does not drive: the learning-rate finder takes it out of the Trainer for a while."""
+        """Engines that no callback drives: the learning-rate finder takes all callbacks out for a while."""
         assert self.lightning_module is not None
         if self._hift is None or self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
             return ()
@@ -149,11 +148,3 @@ class HiFTStrategy(SingleDeviceStrategy):
                 f"precision={self.precision_plugin.precision!r} rounds each update to 16 bits; small updates are lost."
                 " Use '32-true' or 'bf16-mixed', or master_weights='none' to silence this."
             )
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(cls.strategy_name, cls, description=cls.__doc__.split("\n")[0], override=True)  # type: ignore[union-attr]
-
-
-HiFTStrategy.register_strategies(StrategyRegistry)
