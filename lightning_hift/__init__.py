@@ -38,7 +38,7 @@ __all__ = [
     "group_units",
 ]
 
-# Imported on first use: a plain torch loop needs no Lightning, whose import also brings in torchmetrics and transformers.
+# Imported on first use: a plain torch loop needs no Lightning, which also brings in torchmetrics and transformers.
 _NEEDS_LIGHTNING = {
     "HiFTCLI": "cli",
     "HiFTCallback": "callback",

@@ -259,8 +259,8 @@ class HiFTCallback(Callback):
             if engine.optimizer is bare:
                 return index, engine
         raise RuntimeError(
-            f"{type(bare).__name__} is stepped but was not returned by configure_optimizers, so HiFT does not know which"
-            " of its parameters may train. Return it there."
+            f"{type(bare).__name__} is stepped but was not returned by configure_optimizers, so HiFT does not know"
+            " which of its parameters may train. Return it there."
         )
 
     def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
@@ -297,8 +297,8 @@ def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] =
     trained = largest.numel + sum(unit.numel for unit in always_active)
     return (
         format_table(["group", "units", "parameters", "bytes", "share"], rows)
-        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than full"
-        " fine-tuning."
+        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
+        " in full fine-tuning."
     )
 
 

@@ -67,8 +67,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             if "://" in str(path) or not Path(path).is_file() or _is_whole(Path(path)):
                 raise
             raise RuntimeError(
-                f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is truncated or damaged and cannot be read."
-                " Resume from another checkpoint of the run; those written by StreamingCheckpointIO are whole."
+                f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is truncated or damaged and cannot be"
+                " read. Resume from another checkpoint of the run; those written by StreamingCheckpointIO are whole."
             ) from error
 
 

@@ -154,8 +154,8 @@ class HiFTEngine:
         """
         if self._count_owned() != self._num_owned:
             raise RuntimeError(
-                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and would"
-                " train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers later,"
+                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
+                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers later,"
                 " do so between two calls of fit."
             )
         self._active_group = self.groups[self.schedule.group_at(self.step)]
@@ -190,8 +190,8 @@ class HiFTEngine:
         """Why the active group may have received no gradient, and what to do about it."""
         return (
             f"Layer group {self._active_group.index} ({self._active_group.name}) is the only one that trains at this"
-            " step, but the loss gave it no gradient. Either the forward pass does not use it: name it in frozen=[...]. Or"
-            " activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
+            " step, but the loss gave it no gradient. Either the forward pass does not use it: name it in frozen=[...]."
+            " Or activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
             " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
         )
 
@@ -376,9 +376,9 @@ class HiFTEngine:
         ]
         if differences:
             raise ValueError(
-                "The checkpoint was written with another grouping, so its position in the sweep means something else here."
-                f" Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume, or load"
-                " only the weights to start a new run."
+                "The checkpoint was written with another grouping, so its position in the sweep means something else"
+                f" here. Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume,"
+                " or load only the weights to start a new run."
             )
 
 

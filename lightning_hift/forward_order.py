@@ -1,21 +1,30 @@
-"""In which order a module's forward pass uses its children, read from the code of ``forward``.
+"""In which order a module's forward pass uses its children, read from the source of ``forward``.
 
 Registration order is a poor guide: OPT registers its final norm before its blocks, BART its embedding norm after them,
-and a LightningModule may list its head first. The compiled code of ``forward`` names each child where it is first used,
-for any architecture and without running anything.
+and a LightningModule may list its head first. The source of ``forward`` shows where each child is first used, for any
+architecture and without running anything. Code without source (typed at a prompt, compiled) keeps registration order.
 """
 
 from __future__ import annotations
 
-import dis
+import ast
 import inspect
-from collections.abc import Iterator
-from types import CodeType
-from typing import Any
+import textwrap
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import nn
 
 _ENTRY_POINTS = ("forward", "training_step")
+_QUESTIONS = ("getattr", "hasattr", "isinstance", "len")
+
+
+class _Use(NamedTuple):
+    """An attribute of ``self`` in the source. A passing use only looks inside: ``self.decoder.embed.weight.dtype``."""
+
+    name: str
+    passing: bool
 
 
 def members_in_forward_order(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
@@ -25,16 +34,19 @@ def members_in_forward_order(module: nn.Module) -> list[tuple[str, nn.Module | n
     such as ``nn.ModuleList`` keep their registration order.
     """
     members: dict[str, nn.Module | nn.Parameter] = {
-        **{name: p for name, p in module.named_parameters(recurse=False, remove_duplicate=False)},
+        **dict(module.named_parameters(recurse=False, remove_duplicate=False)),
         **{name: child for name, child in module._modules.items() if child is not None},
     }
+    cls: type = type(module)
+    uses = _uses(cls)
     rank: dict[str, int] = {}
-    for name in _names_used(type(module)):
-        if name in members:
-            rank.setdefault(name, len(rank))
+    for passing in (False, True):
+        for i, use in enumerate(uses):
+            if use.passing == passing and use.name in members:
+                rank.setdefault(use.name, i)
 
-    place = float(len(rank))
-    keyed: list[tuple[float, str]] = []
+    place = len(uses)
+    keyed: list[tuple[int, str]] = []
     for name in reversed(members):
         place = rank.get(name, place)
         keyed.append((place, name))
@@ -42,31 +54,74 @@ def members_in_forward_order(module: nn.Module) -> list[tuple[str, nn.Module | n
     return [(name, members[name]) for _, name in sorted(keyed, key=lambda pair: pair[0])]
 
 
-def _names_used(cls: type) -> Iterator[str]:
-    seen: set[int] = set()
-    for entry in _ENTRY_POINTS:
-        yield from _names_in_method(cls, entry, seen)
+@cache
+def _uses(cls: type) -> tuple[_Use, ...]:
+    """What the entry points of ``cls`` use, in order."""
+    seen: set[tuple[str, int]] = set()
+    return tuple(use for entry in _ENTRY_POINTS for use in _uses_in_method(cls, entry, 0, seen))
 
 
-def _names_in_method(cls: type, name: str, seen: set[int]) -> Iterator[str]:
-    """Attribute names in the order of their use, with the methods of ``cls`` unfolded where they are called."""
-    for owner in cls.__mro__:
-        function = inspect.unwrap(owner.__dict__[name]) if callable(owner.__dict__.get(name)) else None
-        code = getattr(function, "__code__", None)
-        if owner.__module__.startswith(("torch.nn.modules.module", "lightning.")) or code is None or id(code) in seen:
-            continue
-        seen.add(id(code))
-        for used in _attributes(code):
-            yield used
-            # A second definition further down the MRO is reached through super().
-            if used != name and inspect.isfunction(getattr(cls, used, None)):
-                yield from _names_in_method(cls, used, seen)
+def _uses_in_method(cls: type, name: str, start: int, seen: set[tuple[str, int]]) -> Iterator[_Use]:
+    """Uses in one method or property, with the methods that it calls on ``self`` unfolded where it calls them."""
+    position = next((i for i, owner in enumerate(cls.__mro__) if i >= start and name in owner.__dict__), None)
+    if position is None or (name, position) in seen:
+        return
+    seen.add((name, position))
+    owner = cls.__mro__[position]
+    if owner.__module__.startswith(("torch.nn.modules.module", "lightning.")):
+        return
+    for node, passing in _attributes(_body(owner.__dict__[name])):
+        if _is_super(node.value):
+            inner = _uses_in_method(cls, node.attr, position + 1, seen)
+        else:
+            yield _Use(node.attr, passing)
+            inner = _uses_in_method(cls, node.attr, 0, seen)
+        yield from (_Use(use.name, use.passing or passing) for use in inner)
 
 
-def _attributes(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        argument: Any = instruction.argval
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield argument
-        elif isinstance(argument, CodeType):  # a comprehension or an inner function
-            yield from _attributes(argument)
+def _body(function: Any) -> list[ast.AST]:
+    """Statements of a function as written; nothing where there is no source."""
+    function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+    if not callable(function):
+        return []
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    return list(tree.body[0].body) if isinstance(tree.body[0], ast.FunctionDef) else [tree]
+
+
+def _attributes(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.Attribute, bool]]:
+    """``self.name`` and ``super().name`` in the order of evaluation, and whether each is used in passing."""
+    for node in nodes:
+        children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+        passing = False
+        if isinstance(node, ast.Attribute):
+            if _is_self(node.value) or _is_super(node.value):
+                yield node, False
+            passing = _has_no_call(node)
+        elif isinstance(node, ast.Call) and not any(map(_is_earlier_call, ast.walk(node.func))):
+            # The inner of two nested calls runs first, also where a module is handed over: run(self.b, run(self.a, x)).
+            children = (*sorted([*node.args, *node.keywords], key=_has_no_call), node.func)
+            passing = isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS
+        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
+            children = (*node.generators, node.elt)
+        elif isinstance(node, ast.With):  # without gradients nothing trains
+            passing = any("no_grad" in ast.unparse(item) for item in node.items)
+        yield from ((inner, passing or inner_passing) for inner, inner_passing in _attributes(children))
+
+
+def _has_no_call(node: ast.AST) -> bool:
+    return not any(isinstance(part, ast.Call) for part in ast.walk(node))
+
+
+def _is_earlier_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and not _is_super(node)
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _is_super(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"

@@ -2,10 +2,12 @@
 
 A *layer unit* is never split: the embedding, one block, the head. It is found from the shape of the module tree alone:
 
-- A *stack* is an outermost ``nn.ModuleList`` or ``nn.Sequential``; each of its composite children is a block.
+- A *stack* is an outermost ``nn.ModuleList`` or ``nn.Sequential``; each of its children that is made of at least two
+  layers with weights is a block. A convolution with its norm is only a layer.
 - What the forward pass uses before the first block is the embedding, what it uses after the last one is the head (with
-  the final norm), and what it uses between two stacks is a unit of its own.
-- A model without composite stacks (an MLP, a small CNN) has one unit per layer that holds parameters.
+  the final norm). What it uses between two stacks is a unit too, or two where it belongs to two towers.
+- Three or more blocks of one class side by side are a stack too (``self.layer1``, ``self.layer2``, ...).
+- A model without any blocks (an MLP, a small CNN) has one unit per layer that holds parameters.
 - A unit that would hold nothing but norms joins its neighbour: training one norm for a whole step is a wasted batch.
 
 Parameters count by identity, so a tied weight belongs to the first unit that uses it.
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import nn
@@ -25,6 +28,8 @@ from lightning_hift.forward_order import members_in_forward_order
 
 _EMBEDDING, _HEAD = "embedding", "head"
 _STAGE_SHARE = 2 / 3
+_ENOUGH_SIBLINGS = 3
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,18 +182,8 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
 def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
     pieces = _pieces(model, "")
     in_blocks = any(piece.is_block for piece in pieces)
-    if not in_blocks:
-        pieces = [layer for piece in pieces for layer in _layers(piece)]
-
-    # Runs of loose pieces become one unit in a model of blocks; each piece is a unit of its own otherwise.
-    runs: list[list[_Piece]] = []
-    for piece in pieces:
-        if in_blocks and runs and not piece.is_block and not runs[-1][-1].is_block:
-            runs[-1].append(piece)
-        else:
-            runs.append([piece])
-
-    names = [run[0].path for run in runs]
+    runs = _runs(pieces) if in_blocks else [[layer] for layer in _layers(_Piece("", model, is_block=False))]
+    names = [run[0].path or type(model).__name__ for run in runs]
     if in_blocks and not runs[0][0].is_block:
         names[0] = _EMBEDDING
     if in_blocks and not runs[-1][0].is_block:
@@ -201,17 +196,54 @@ def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
     return _join_bare_norms([unit for unit in found if unit.parameters], model)
 
 
+def _runs(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Each block alone, and the loose pieces around the blocks joined: one future unit each.
+
+    Between two blocks, what is nearer to the next one in the module tree opens a new run, so that the projector of one
+    tower stays apart from the embedding of the next.
+    """
+    blocks = [i for i, piece in enumerate(pieces) if piece.is_block]
+    runs: list[list[_Piece]] = []
+    was_ahead = False
+    for i, piece in enumerate(pieces):
+        before, after = [b for b in blocks if b < i], [b for b in blocks if b > i]
+        ahead = bool(before and after) and _shared(piece, pieces[after[0]]) > _shared(piece, pieces[before[-1]])
+        if piece.is_block or not runs or runs[-1][0].is_block or ahead > was_ahead:
+            runs.append([piece])
+        else:
+            runs[-1].append(piece)
+        was_ahead = ahead
+    return runs
+
+
+def _shared(a: _Piece, b: _Piece) -> int:
+    """How many leading parts two paths have in common."""
+    same = (x == y for x, y in zip(a.path.split("."), b.path.split("."), strict=False))
+    return sum(1 for _ in takewhile(bool, same))
+
+
 def _pieces(module: nn.Module, path: str) -> list[_Piece]:
     """Blocks and, around them, loose modules and parameters, in forward order."""
     if _is_stack(module):
         return [piece for name, child in module.named_children() for piece in _stack_pieces(child, _join(path, name))]
+    siblings = _siblings(module)
     pieces: list[_Piece] = []
     for name, member in members_in_forward_order(module):
-        if isinstance(member, nn.Module) and any(map(_is_stack, member.modules())):
+        if isinstance(member, nn.Parameter):
+            pieces.append(_Piece(_join(path, name), member, is_block=False))
+        elif type(member) in siblings:
+            pieces += _stack_pieces(member, _join(path, name))
+        elif any(_is_stack(inner) or _siblings(inner) for inner in member.modules()):
             pieces += _pieces(member, _join(path, name))
-        elif isinstance(member, nn.Parameter) or _has_parameters(member):
+        elif _has_parameters(member):
             pieces.append(_Piece(_join(path, name), member, is_block=False))
     return pieces
+
+
+def _siblings(module: nn.Module) -> set[type]:
+    """Classes of at least three children that are blocks, like ``self.layer1``, ``self.layer2``, ``self.layer3``."""
+    counts: Counter[type] = Counter(type(c) for c in module.children() if _is_block(c) and not _holds_blocks(c))
+    return {cls for cls, count in counts.items() if count >= _ENOUGH_SIBLINGS and not issubclass(cls, _CONTAINERS)}
 
 
 def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
@@ -220,7 +252,7 @@ def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
         return []
     if _is_stage(child):
         return _pieces(child, path)
-    return [_Piece(path, child, is_block=_is_composite(child))]
+    return [_Piece(path, child, is_block=_is_block(child))]
 
 
 def _is_stage(module: nn.Module) -> bool:
@@ -229,13 +261,13 @@ def _is_stage(module: nn.Module) -> bool:
     Experts and attention heads are parallel parts of one block: unlike blocks, they have no norm of their own.
     """
     if _is_stack(module):
-        return any(_is_composite(child) for child in module.children())
+        return any(_is_block(child) for child in module.children())
     for child in module.children():
         blocks = [b for b in child.children() if _has_parameters(b)] if _is_stack(child) else []
         if (
             len(blocks) > 1
             and len({type(b) for b in blocks}) == 1
-            and all(_is_composite(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
+            and all(_is_block(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
             and _numel(child) >= _STAGE_SHARE * _numel(module)
         ):
             return True
@@ -243,17 +275,23 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _layers(piece: _Piece) -> list[_Piece]:
-    """Cut a loose piece down to the modules that hold parameters themselves."""
-    if isinstance(piece.member, nn.Parameter) or any(True for _ in piece.member.parameters(recurse=False)):
+    """Cut a piece of a model without blocks into layers: one weight, or most of its weights its own, as in an LSTM."""
+    module = piece.member
+    if isinstance(module, nn.Parameter):
         return [piece]
-    inner = [
-        (n, m) for n, m in members_in_forward_order(piece.member) if isinstance(m, nn.Module) and _has_parameters(m)
+    own = sum(p.numel() for p in module.parameters(recurse=False))
+    if not _is_block(module) or 2 * own >= _numel(module):
+        return [piece]
+    members = [
+        (name, member)
+        for name, member in members_in_forward_order(module)
+        if isinstance(member, nn.Parameter) or _has_parameters(member)
     ]
-    return [layer for n, m in inner for layer in _layers(_Piece(_join(piece.path, n), m, False))]
+    return [layer for n, m in members for layer in _layers(_Piece(_join(piece.path, n), m, is_block=False))]
 
 
 def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit]:
-    """Join units of nothing but norms and scales to the last unit if they stand right before it, else to the one before.
+    """Join units of mere norms and scales to the last unit if they stand right before it, else to the one before.
 
     A head whose weight is tied to the embedding stays a unit, though only its norm is left: it is still the head.
     """
@@ -306,7 +344,7 @@ def _units_from_patterns(model: nn.Module, units: Sequence[str | Sequence[str]],
                 raise ValueError(
                     f"Pattern {pattern!r} in units matches no module with parameters. {_some_paths(model)}"
                 )
-            for path, member in hits:
+            for path, _ in hits:
                 twice = [o for o in owner if o == path or o.startswith(path + ".") or path.startswith(o + ".")]
                 if twice:
                     raise ValueError(
@@ -350,7 +388,8 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _some_paths(model: nn.Module) -> str:
-    return f"Module paths of this model start like this: {_shorten([path for path, _ in model.named_modules() if path], 12)}."
+    paths = [path for path, _ in model.named_modules() if path]
+    return f"Module paths of this model start like this: {_shorten(paths, 12)}."
 
 
 def _shorten(names: Sequence[str], limit: int = 8) -> str:
@@ -374,8 +413,14 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _is_composite(module: nn.Module) -> bool:
-    return any(_has_parameters(child) for child in module.children())
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is made of at least two layers that hold a weight of two dimensions: no norm, bias or scale."""
+    return sum(any(p.ndim > 1 for p in m.parameters(recurse=False)) for m in module.modules()) > 1
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module is a tower: it has a stack of two or more blocks somewhere inside."""
+    return any(_is_stack(m) and sum(map(_is_block, m.children())) > 1 for m in module.modules())
 
 
 def _numel(module: nn.Module) -> int:

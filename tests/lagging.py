@@ -1,8 +1,8 @@
 """A device module whose side-stream copies lag, so that a missing wait shows on a machine without a GPU.
 
-A copy that is issued inside ``with device.stream(side_stream)`` does not take place. Its destination is poisoned, and the
-real copy is made only when something waits for an event that the side stream recorded after it. Then it reads its source
-as it is by that time. Memory that was freed before its copy took place is an error, as is a side stream that copies
+A copy that is issued inside ``with device.stream(side_stream)`` does not take place. Its destination is poisoned, and
+the real copy is made only when something waits for an event that the side stream recorded after it. Then it reads its
+source as it is by that time. Memory that was freed before its copy took place is an error, as is a side stream that copies
 without having waited for the compute stream.
 """
 

@@ -45,12 +45,10 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
+IN_BLOCK = ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
 GROUPS = [
     ["embedding.weight"],
-    *[
-        [f"blocks.{i}.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")]
-        for i in range(3)
-    ],
+    *[[f"blocks.{i}.{name}" for name in IN_BLOCK] for i in range(3)],
     ["norm.weight", "norm.bias", "head.weight", "head.bias"],
 ]
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from itertools import chain
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_equals_independent_optimizers_in_turn(name, offloader):
 @pytest.mark.parametrize("group_size", [2, 3, 4])
 @pytest.mark.parametrize("order", ["bottom2up", "top2down", "random"])
 def test_orders_and_group_sizes(order, group_size, offloader):
-    joined = [sum(GROUPS[i : i + group_size], []) for i in range(0, 5, group_size)]
+    joined = [list(chain(*GROUPS[i : i + group_size])) for i in range(0, 5, group_size)]
     model, twin, batches = Net(), Net(), tokens(4 * len(joined) + 1)
     optimizer = adamw(model.parameters())
     engine = HiFTEngine.attach(
@@ -127,9 +128,7 @@ def test_accumulation_keeps_one_group_per_window_and_clipping_sees_only_it():
     model, twin, batches = Net(), Net(), tokens(22)
     engine = HiFTEngine.attach(model, adamw(model.parameters()))
     train(model, engine, batches, accumulate=4, clip_norm=0.05)
-    train_round_robin(
-        twin, GROUPS, adamw, windows(batches, 4), next_token_loss, clip_norm=0.05, window_size=4
-    )
+    train_round_robin(twin, GROUPS, adamw, windows(batches, 4), next_token_loss, clip_norm=0.05, window_size=4)
     assert_same_weights(model, twin)
 
 
@@ -253,7 +252,7 @@ def test_checkpoint_opens_in_a_plain_optimizer():
     saved = copy.deepcopy(engine.optimizer.state_dict())
 
     plain = adamw(copy.deepcopy(model).parameters())
-    plain.load_state_dict({k: v for k, v in saved.items()})
+    plain.load_state_dict(saved)
     assert set(plain.state_dict()["state"]) == set(range(len(list(model.parameters()))))
     for index, state in plain.state_dict()["state"].items():
         for key, value in saved["state"][index].items():
@@ -323,9 +322,7 @@ def test_moments_keep_their_dtype_on_load():
     engine = HiFTEngine.attach(model, adamw(model.parameters()))
     train(model, engine, tokens(5))
     saved = engine.optimizer.state_dict()
-    saved["state"] = {
-        i: {k: v.float() if k != "step" else v for k, v in s.items()} for i, s in saved["state"].items()
-    }
+    saved["state"] = {i: {k: v.float() if k != "step" else v for k, v in s.items()} for i, s in saved["state"].items()}
     other = Net().to(torch.bfloat16)
     resumed = HiFTEngine.attach(other, adamw(other.parameters()))
     resumed.optimizer.load_state_dict(saved)
@@ -484,9 +481,7 @@ def test_group_without_gradient_is_named():
 def test_everything_always_active_is_refused():
     model = Net()
     with pytest.raises(ValueError, match="group_size=5"):
-        HiFTEngine.attach(
-            model, adamw(model.parameters()), always_active=["embedding", "blocks.*", "head"]
-        )
+        HiFTEngine.attach(model, adamw(model.parameters()), always_active=["embedding", "blocks.*", "head"])
 
 
 def test_parameters_added_later_are_refused():

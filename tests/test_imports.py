@@ -94,8 +94,8 @@ def test_importing_the_package_brings_in_neither_transformers_nor_lightning():
     ],
 )
 def test_strategy_is_registered_whatever_is_imported_first(imports):
-    result = run(f"{imports}; print(type(pl.Trainer(strategy='hift', accelerator='cpu', logger=False).strategy).__name__)")
-    assert result.stdout.strip().endswith("HiFTStrategy"), result.stderr
+    result = run(f"{imports}; print(pl.Trainer(strategy='hift', accelerator='cpu', logger=False).strategy)")
+    assert "HiFTStrategy object" in result.stdout, result.stderr
 
 
 def test_face_is_sorted_and_complete():

@@ -239,7 +239,7 @@ def test_truncated_file(tmp_path, kept):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
         trainer(strategy="hift").fit(Automatic(), loader(2), ckpt_path=tmp_path / "nowhere.ckpt")
 
 

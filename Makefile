@@ -1,0 +1,32 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test test-all lint bench-cpu clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/lightning-hift fit --config configs/quickstart.yaml
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED) lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-cpu: $(INSTALLED)
+	$(BIN)/python -m lightning_hift.benchmark.speed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis
