@@ -1,0 +1,5 @@
+"""LightningModules."""
+
+from lightning_hift.tasks.causal_lm import CausalLM
+
+__all__ = ["CausalLM"]

@@ -1,0 +1,305 @@
+"""The command line: hift: key, subcommands, short errors, and what is written where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lightning_hift import HiFTCallback, HiFTStrategy
+from lightning_hift.cli import HiFTCLI, HiFTTrainer, main
+
+
+class Network(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Regression(pl.LightningModule):
+    """A user's own module."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.network: nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.network is None:
+            self.network = Network(self.width)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        assert self.network is not None
+        return (self.network(batch) - batch.sum(-1, keepdim=True)).square().mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Points(pl.LightningDataModule):
+    """Eight batches of random points, without a DataLoader's advice about workers."""
+
+    def __init__(self, batch_size: int = 3) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        return Batches(torch.randn(8, self.batch_size, 2))
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Batches:
+    def __init__(self, batches: Tensor) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+# Lightning 2.6 calls jsonargparse by names that it calls old.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*deprecated in v4"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*JsonargparseDeprecationWarning"),
+]
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 0,
+    "hift": {"group_size": 2, "order": "top2down", "always_active": ["head"]},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 3,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    },
+    "model": {"class_path": "tests.test_cli.Regression"},
+    "data": {"class_path": "tests.test_cli.Points"},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a command writes, it writes here; and a command sees no arguments of pytest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return str(path)
+
+
+def run_cli(*args: str, model: Any = None, data: Any = None, **options: Any) -> HiFTCLI:
+    return HiFTCLI(model, data, args=list(args), **options)
+
+
+def callback_of(cli: HiFTCLI) -> HiFTCallback:
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, HiFTCallback)]  # type: ignore[attr-defined]
+    return callback
+
+
+def test_yaml_reaches_the_callback_and_the_strategy(config: str) -> None:
+    cli = run_cli("fit", "--config", config, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+    callback = callback_of(cli)
+    assert (callback.group_size, callback.order, callback.always_active) == (2, "top2down", ["head"])
+    assert isinstance(cli.trainer.strategy, HiFTStrategy)
+    assert cli.trainer.global_step == 3
+    assert [group.name for group in callback.groups] == ["embedding ... network.blocks.0", "network.blocks.1"]
+
+
+def test_command_line_wins_over_yaml(config: str) -> None:
+    cli = run_cli("fit", "--config", config, "--hift.group_size", "1", "--trainer.logger", "false")
+    assert callback_of(cli).group_size == 1
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_other_subcommands_run(subcommand: str, config: str) -> None:
+    cli = run_cli(subcommand, "--config", config, "--trainer.logger", "false")
+    assert cli.trainer.state.finished
+    assert callback_of(cli).engines == ()
+
+
+def test_own_classes_and_defaults() -> None:
+    cli = run_cli(
+        "fit",
+        "--model.width=8",
+        "--data.batch_size=2",
+        "--hift.order=random",
+        model=Regression,
+        data=Points,
+        trainer_defaults={"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_progress_bar": False},
+        seed_everything_default=1,
+    )
+    assert cli.model.width == 8
+    assert cli.datamodule.batch_size == 2
+    assert callback_of(cli).order == "random"
+    assert isinstance(cli.trainer.strategy, HiFTStrategy)
+
+
+def test_another_strategy_can_be_chosen(config: str) -> None:
+    cli = run_cli("fit", "--config", config, "--trainer.strategy", "auto", "--trainer.logger", "false")
+    assert not isinstance(cli.trainer.strategy, HiFTStrategy)
+    assert len(callback_of(cli).engines) == 1
+
+
+def test_a_subclass_can_add_arguments(config: str) -> None:
+    class OwnCLI(HiFTCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            super().add_arguments_to_parser(parser)
+            parser.link_arguments("data.batch_size", "model.width")
+
+    cli = OwnCLI(Regression, Points, args=["--data.batch_size=5"], run=False, seed_everything_default=0)
+    assert cli.model.width == 5
+    assert callback_of(cli).group_size == 1
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_prints_the_table_without_data(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli = run_cli("groups", "--config", config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["group", "units", "parameters", "bytes", "share"]
+    assert lines[2].split()[:6] == ["0", "embedding", "...", "network.blocks.0", "52", "208"]
+    assert lines[4].split()[:3] == ["all", "head", "5"]
+    assert lines[5].startswith("At most 57 of 97 parameters train at once")
+    assert all(p.is_meta and p.requires_grad for p in cli.model.parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_groups_honours_units_and_frozen(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--hift.always_active", "null", "--hift.group_size", "1"]
+    units = "[[network.embedding, network.head], 'network.blocks.*']"
+    run_cli("groups", "--config", config, *options, "--hift.units", units)
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert names == ["network.embedding", "network.blocks.0", "network.blocks.1"]
+    run_cli("groups", "--config", config, *options, "--hift.frozen", "[network.embedding]")
+    assert "of 85 parameters" in capsys.readouterr().out
+
+
+def test_groups_needs_no_data_module(capsys: pytest.CaptureFixture[str]) -> None:
+    run_cli("groups", "--model", "tests.test_cli.Regression", "--seed_everything", "0")
+    assert "of 97 parameters" in capsys.readouterr().out
+
+
+def test_groups_from_python(capsys: pytest.CaptureFixture[str]) -> None:
+    HiFTTrainer(accelerator="cpu", callbacks=HiFTCallback(group_size=4), logger=False).groups(Regression())
+    assert "At most 97 of 97 parameters" in capsys.readouterr().out
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit --hift.order=up", "'bottom2up', 'top2down', 'random'"),
+        ("fit --hift.group_size=big", "hift.group_size"),
+        ("fit --hift.group_size=0", "Got group_size=0; it must be at least 1"),
+        ("fit --hift.reshuffle=true", "only order='random' can be shuffled again"),
+        ("fit --hift.hold_lr=never", "'replay', 'once', 'off'"),
+        ("fit --hift.sise=1", "hift.sise"),
+        ("groups --hift.always_active=[tail]", "Pattern 'tail' matches no layer unit; the units are embedding"),
+        ("train", "fit"),
+    ],
+)
+def test_bad_values_end_in_a_short_message(
+    arguments: str, message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subcommand, *rest = arguments.split()
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(subcommand, "--config", config, *rest)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in shown
+    assert len(shown.splitlines()) <= 8
+
+
+def test_a_bad_value_in_the_file_ends_in_a_short_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**CONFIG, "hift": {"order": "down2up"}}))
+    with pytest.raises(SystemExit) as stopped:
+        run_cli("fit", "--config", "bad.yaml")
+    assert stopped.value.code == 2
+    assert "'bottom2up', 'top2down', 'random'" in capsys.readouterr().err
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_write_to_the_log_folder_only_and_can_be_repeated(config: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        run_cli("fit", "--config", config)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "lightning_logs"}
+    saved = tmp_path / "lightning_logs" / "version_1" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["hift"]["order"] == "top2down"
+    run_cli("fit", "--config", str(saved), "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_a_log_folder_can_be_used_again(config: str) -> None:
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--trainer.logger.version", "mine"]
+    steps = [run_cli("validate", "--config", config, *logger).trainer.state.finished for _ in range(2)]
+    assert steps == [True, True]
+
+
+def test_without_a_logger_nothing_is_written(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("the user's own\n")
+    run_cli("fit", "--config", config, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "config.yaml"}
+    assert (tmp_path / "config.yaml").read_text() == "the user's own\n"
+
+
+# --- entry points -----------------------------------------------------------------------------------------------------
+
+
+def test_main_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        (["--help"], "groups"),
+        (["fit", "--help"], "--hift.order {bottom2up,top2down,random}"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_hift", "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "{fit,validate,test,predict,groups}" in done.stdout
