@@ -155,8 +155,8 @@ class HiFTEngine:
         if self._count_owned() != self._num_owned:
             raise RuntimeError(
                 "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
-                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers later,"
-                " do so between two calls of fit."
+                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
+                " later, do so between two calls of fit."
             )
         self._active_group = self.groups[self.schedule.group_at(self.step)]
         self._active = self._parameters_at(self.step)
@@ -377,8 +377,8 @@ class HiFTEngine:
         if differences:
             raise ValueError(
                 "The checkpoint was written with another grouping, so its position in the sweep means something else"
-                f" here. Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume,"
-                " or load only the weights to start a new run."
+                f" here. Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to"
+                " resume, or load only the weights to start a new run."
             )
 
 

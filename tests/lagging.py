@@ -2,8 +2,8 @@
 
 A copy that is issued inside ``with device.stream(side_stream)`` does not take place. Its destination is poisoned, and
 the real copy is made only when something waits for an event that the side stream recorded after it. Then it reads its
-source as it is by that time. Memory that was freed before its copy took place is an error, as is a side stream that copies
-without having waited for the compute stream.
+source as it is by that time. Memory that was freed before its copy took place is an error, as is a side stream that
+copies without having waited for the compute stream.
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Every block of the README and every example runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks(language):
+    return [text for name, text in BLOCKS if name == language]
+
+
+def run(command, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_readme_has_no_other_kinds_of_blocks():
+    assert {name for name, _ in BLOCKS} == {"bash", "python", "yaml", "text"}
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_readme_python_runs(code, tmp_path):
+    (tmp_path / "block.py").write_text(code)
+    result = run([sys.executable, "block.py"], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_commands_on_the_readme_yaml(tmp_path):
+    (text,) = blocks("yaml")
+    assert text.startswith("# run.yaml\n")
+    (tmp_path / "run.yaml").write_text(text)
+    commands = [line.split("#")[0].strip() for line in "".join(blocks("bash")).splitlines()]
+    ours = [line for line in commands if line.startswith("lightning-hift")]
+    assert [line.split()[1] for line in ours] == ["groups", "fit"]
+    outputs = [run(line.split(), tmp_path) for line in ours]
+    for result in outputs:
+        assert result.returncode == 0, result.stderr
+    assert "head" in outputs[0].stdout
+    assert "first sweep done, all" in outputs[1].stdout + outputs[1].stderr
+
+
+def test_readme_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"`?make ([\w-]+)", README))
+    assert {"quickstart", "test", "bench-cpu", "test-all"} <= named <= targets
+
+
+def test_readme_files_and_arguments_exist():
+    for path in re.findall(r"`(configs/[\w./-]+)`", README) + re.findall(r"\]\((examples/[\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    result = run([sys.executable, path.name], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {"plain_torch.py": "resumed", "existing_module.py": "validation accuracy"}[path.name] in result.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_config_parses_and_shows_its_groups(path, tmp_path):
+    assert yaml.safe_load(path.read_text())
+    result = run(["lightning-hift", "groups", "--config", str(path)], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "group" in result.stdout

@@ -1,0 +1,141 @@
+"""What only a CUDA device can show: real streams, page-locked memory, races. Run with ``pytest -m gpu``."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader
+from tests.models import Automatic, Net, assert_same_weights, loader, trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+WIDTH = 4096
+
+
+class Wide(nn.Module):
+    """Large layers and little work: copies take longer than the step, so a missing wait shows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)) for _ in range(4)]
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def train(steps, busy=False, pressure=False, optimizer=None, **options):
+    """Weights after some steps on the GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    model = Wide().cuda()
+    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+    engine = HiFTEngine.attach(
+        model, make(model.parameters()), make_offloader=lambda: StateOffloader("cuda", **options)
+    )
+    other, ballast = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    for step in range(steps):
+        if busy:
+            with torch.cuda.stream(other):
+                ballast = (ballast @ ballast).clamp(-1, 1)
+        if pressure:
+            # Memory that is freed at once is handed out again at once.
+            torch.empty(64 * 2**20, device="cuda").fill_(torch.nan)
+        x = torch.randn(2, WIDTH, device="cuda", generator=generator)
+        model(x).square().mean().backward()
+        engine.optimizer.step()
+    torch.cuda.synchronize()
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def resident():
+    return train(500, offload="none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefetch": False},
+        {"pin_memory": False},
+        {"busy": True},
+        {"pressure": True},
+        {"busy": True, "pressure": True},
+    ],
+    ids=str,
+)
+def test_500_steps_equal_those_with_resident_state(options, resident):
+    assert_same_weights(train(500, **options), resident)
+
+
+@pytest.mark.parametrize("name", ["foreach", "capturable", "sgd", "adagrad"])
+def test_other_optimizers(name):
+    make = {
+        "foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+        "capturable": lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3),
+    }[name]
+    assert_same_weights(train(60, optimizer=make), train(60, optimizer=make, offload="none"))
+
+
+def test_trainer_on_the_gpu_is_close_to_the_cpu():
+    models = {}
+    for accelerator in ("cpu", "gpu"):
+        models[accelerator] = Automatic()
+        trainer(accelerator=accelerator, strategy=HiFTStrategy()).fit(models[accelerator], loader(25))
+    for name, p in models["cpu"].named_parameters():
+        # Another order of summation, which AdamW amplifies where a gradient is close to 0.
+        torch.testing.assert_close(models["gpu"].get_parameter(name).cpu(), p, rtol=1e-3, atol=1e-4)
+
+
+def test_state_on_the_device_stays_small():
+    model = Wide().cuda()
+    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters(), fused=True))
+    for _ in range(8):
+        model(torch.randn(2, WIDTH, device="cuda")).mean().backward()
+        engine.optimizer.step()
+    torch.cuda.synchronize()
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    largest = max(group.numel for group in engine.groups)
+    # Weights, the next group's state on its way in, the last one's on its way out, and what the step itself needs.
+    assert torch.cuda.memory_allocated() < weights + 2 * 8 * largest + 2**26
+
+
+def test_no_host_sync_on_the_step_path():
+    model = Wide().cuda()
+    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters(), fused=True))
+
+    def step():
+        model(torch.randn(2, WIDTH, device="cuda")).mean().backward()
+        engine.optimizer.step()
+
+    for _ in range(8):
+        step()
+    engine.first_sweep_report()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.step == 16
+
+
+def test_small_net_state_dict_after_offload():
+    model = Net().cuda()
+    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters()))
+    for _ in range(5):
+        model(torch.zeros(2, 3, dtype=torch.long, device="cuda")).mean().backward()
+        engine.optimizer.step()
+    state = engine.optimizer.state_dict()["state"]
+    assert len(state) == len(list(model.parameters()))
+    assert all(torch.isfinite(value).all() for s in state.values() for value in s.values())
