@@ -41,7 +41,7 @@ def train(steps, busy=False, pressure=False, optimizer=None, **options):
     )
     other, ballast = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     generator = torch.Generator("cuda").manual_seed(1)
-    for step in range(steps):
+    for _ in range(steps):
         if busy:
             with torch.cuda.stream(other):
                 ballast = (ballast @ ballast).clamp(-1, 1)
