@@ -1,16 +1,8 @@
-"""Any module tree -> layer units in forward order -> layer groups: a checked partition of the trainable parameters.
+"""Layer units -> layer groups: a checked partition of the trainable parameters.
 
-A *layer unit* is never split: the embedding, one block, the head. It is found from the shape of the module tree alone:
-
-- A *stack* is an outermost ``nn.ModuleList`` or ``nn.Sequential``; each of its children that is made of at least two
-  layers with weights is a block. A convolution with its norm is only a layer.
-- What the forward pass uses before the first block is the embedding, what it uses after the last one is the head (with
-  the final norm). What it uses between two stacks is a unit too, or two where it belongs to two towers.
-- Three or more blocks of one class side by side are a stack too (``self.layer1``, ``self.layer2``, ...).
-- A model without any blocks (an MLP, a small CNN) has one unit per layer that holds parameters.
-- A unit that would hold nothing but norms joins its neighbour: training one norm for a whole step is a wasted batch.
-
-Parameters count by identity, so a tied weight belongs to the first unit that uses it.
+A *layer unit* is never split: the embedding, one block, the head. ``unit_search`` finds them in the module tree. A unit
+that would hold nothing but norms joins its neighbour: training one norm for a whole step is a wasted batch. Parameters
+count by identity, so a tied weight belongs to the first unit that uses it.
 """
 
 from __future__ import annotations
@@ -19,17 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import takewhile
-from typing import NamedTuple
 
 from torch import nn
 
-from lightning_hift.forward_order import members_in_forward_order
-
-_EMBEDDING, _HEAD = "embedding", "head"
-_STAGE_SHARE = 2 / 3
-_ENOUGH_SIBLINGS = 3
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+from lightning_hift.unit_search import HEAD, has_parameters, join_path, search_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +69,6 @@ class LayerGroup:
     def nbytes(self) -> int:
         """Bytes of the trainable parameters."""
         return sum(unit.nbytes for unit in self.units)
-
-
-class _Piece(NamedTuple):
-    path: str
-    member: nn.Module | nn.Parameter
-    is_block: bool
 
 
 def find_layer_units(
@@ -180,114 +159,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
 
 
 def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
-    pieces = _pieces(model, "")
-    in_blocks = any(piece.is_block for piece in pieces)
-    runs = _runs(pieces) if in_blocks else [[layer] for layer in _layers(_Piece("", model, is_block=False))]
-    names = [run[0].path or type(model).__name__ for run in runs]
-    if in_blocks and not runs[0][0].is_block:
-        names[0] = _EMBEDDING
-    if in_blocks and not runs[-1][0].is_block:
-        names[-1] = _HEAD
-
     taken: set[int] = set()
-    found = [
-        _unit(name, [(p.path, p.member) for p in run], wanted, taken) for name, run in zip(names, runs, strict=True)
-    ]
+    found = [_unit(name, parts, wanted, taken) for name, parts in search_units(model)]
     return _join_bare_norms([unit for unit in found if unit.parameters], model)
-
-
-def _runs(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Each block alone, and the loose pieces around the blocks joined: one future unit each.
-
-    Between two blocks, what is nearer to the next one in the module tree opens a new run, so that the projector of one
-    tower stays apart from the embedding of the next.
-    """
-    blocks = [i for i, piece in enumerate(pieces) if piece.is_block]
-    runs: list[list[_Piece]] = []
-    was_ahead = False
-    for i, piece in enumerate(pieces):
-        before, after = [b for b in blocks if b < i], [b for b in blocks if b > i]
-        ahead = bool(before and after) and _shared(piece, pieces[after[0]]) > _shared(piece, pieces[before[-1]])
-        if piece.is_block or not runs or runs[-1][0].is_block or ahead > was_ahead:
-            runs.append([piece])
-        else:
-            runs[-1].append(piece)
-        was_ahead = ahead
-    return runs
-
-
-def _shared(a: _Piece, b: _Piece) -> int:
-    """How many leading parts two paths have in common."""
-    same = (x == y for x, y in zip(a.path.split("."), b.path.split("."), strict=False))
-    return sum(1 for _ in takewhile(bool, same))
-
-
-def _pieces(module: nn.Module, path: str) -> list[_Piece]:
-    """Blocks and, around them, loose modules and parameters, in forward order."""
-    if _is_stack(module):
-        return [piece for name, child in module.named_children() for piece in _stack_pieces(child, _join(path, name))]
-    siblings = _siblings(module)
-    pieces: list[_Piece] = []
-    for name, member in members_in_forward_order(module):
-        if isinstance(member, nn.Parameter):
-            pieces.append(_Piece(_join(path, name), member, is_block=False))
-        elif type(member) in siblings:
-            pieces += _stack_pieces(member, _join(path, name))
-        elif any(_is_stack(inner) or _siblings(inner) for inner in member.modules()):
-            pieces += _pieces(member, _join(path, name))
-        elif _has_parameters(member):
-            pieces.append(_Piece(_join(path, name), member, is_block=False))
-    return pieces
-
-
-def _siblings(module: nn.Module) -> set[type]:
-    """Classes of at least three children that are blocks, like ``self.layer1``, ``self.layer2``, ``self.layer3``."""
-    counts: Counter[type] = Counter(type(c) for c in module.children() if _is_block(c) and not _holds_blocks(c))
-    return {cls for cls, count in counts.items() if count >= _ENOUGH_SIBLINGS and not issubclass(cls, _CONTAINERS)}
-
-
-def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
-    """One child of a stack: a block, or a stage that is itself made of blocks, or a plain layer."""
-    if not _has_parameters(child):
-        return []
-    if _is_stage(child):
-        return _pieces(child, path)
-    return [_Piece(path, child, is_block=_is_block(child))]
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """Whether a stack's child is only a wrapper of further blocks, like a stage of a Swin transformer or of a ResNet.
-
-    Experts and attention heads are parallel parts of one block: unlike blocks, they have no norm of their own.
-    """
-    if _is_stack(module):
-        return any(_is_block(child) for child in module.children())
-    for child in module.children():
-        blocks = [b for b in child.children() if _has_parameters(b)] if _is_stack(child) else []
-        if (
-            len(blocks) > 1
-            and len({type(b) for b in blocks}) == 1
-            and all(_is_block(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
-            and _numel(child) >= _STAGE_SHARE * _numel(module)
-        ):
-            return True
-    return False
-
-
-def _layers(piece: _Piece) -> list[_Piece]:
-    """Cut a piece of a model without blocks into layers: one weight, or most of its weights its own, as in an LSTM."""
-    module = piece.member
-    if isinstance(module, nn.Parameter):
-        return [piece]
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    if not _is_block(module) or 2 * own >= _numel(module):
-        return [piece]
-    members = [
-        (name, member)
-        for name, member in members_in_forward_order(module)
-        if isinstance(member, nn.Parameter) or _has_parameters(member)
-    ]
-    return [layer for n, m in members for layer in _layers(_Piece(_join(piece.path, n), m, is_block=False))]
 
 
 def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit]:
@@ -296,14 +170,14 @@ def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit
     A head whose weight is tied to the embedding stays a unit, though only its norm is left: it is still the head.
     """
     matrices = {
-        _join(path, name)
+        join_path(path, name)
         for path, module in model.named_modules(remove_duplicate=False)
         if any(p.ndim > 1 for p in module.parameters(recurse=False))
         for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     }
 
     def is_solid(unit: LayerUnit) -> bool:
-        tied_head = unit.name == _HEAD and any(m.startswith(path + ".") for m in matrices for path in unit.modules)
+        tied_head = unit.name == HEAD and any(m.startswith(path + ".") for m in matrices for path in unit.modules)
         return tied_head or not matrices.isdisjoint(unit.parameters)
 
     solid = [i for i, unit in enumerate(units) if is_solid(unit)]
@@ -331,7 +205,7 @@ def _merge(leader: LayerUnit, members: list[LayerUnit]) -> LayerUnit:
 def _units_from_patterns(model: nn.Module, units: Sequence[str | Sequence[str]], wanted: set[int]) -> list[LayerUnit]:
     members: dict[str, nn.Module | nn.Parameter] = {
         **dict(model.named_parameters(remove_duplicate=False)),
-        **{path: m for path, m in model.named_modules(remove_duplicate=False) if path and _has_parameters(m)},
+        **{path: m for path, m in model.named_modules(remove_duplicate=False) if path and has_parameters(m)},
     }
     found: list[LayerUnit] = []
     taken: set[int] = set()
@@ -367,7 +241,7 @@ def _unit(name: str, parts: list[tuple[str, nn.Module | nn.Parameter]], wanted: 
         named = [("", member)] if isinstance(member, nn.Parameter) else list(member.named_parameters())
         for inner, p in named:
             if id(p) in wanted and id(p) not in taken:
-                parameters[_join(path, inner)] = p
+                parameters[join_path(path, inner)] = p
             taken.add(id(p))
     return LayerUnit(name, tuple(path for path, _ in parts), parameters)
 
@@ -395,33 +269,3 @@ def _some_paths(model: nn.Module) -> str:
 def _shorten(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-def _is_stack(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (nn.ModuleList, nn.Sequential))
-        and not any(True for _ in module.parameters(recurse=False))  # a parametrization is a list with its own weights
-        and _has_parameters(module)
-    )
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether a module is made of at least two layers that hold a weight of two dimensions: no norm, bias or scale."""
-    return sum(any(p.ndim > 1 for p in m.parameters(recurse=False)) for m in module.modules()) > 1
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    """Whether a module is a tower: it has a stack of two or more blocks somewhere inside."""
-    return any(_is_stack(m) and sum(map(_is_block, m.children())) > 1 for m in module.modules())
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
