@@ -174,6 +174,7 @@ class HiFTCallback(Callback):
             ahead = None if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
 
+    # Until here everything is trainable, as the model summary and the user's own hooks expect.
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)

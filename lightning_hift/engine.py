@@ -50,8 +50,8 @@ class HiFTEngine:
         schedule: Which group trains at which step.
         always_active: Units that train at every step, in no group.
         offloader: Keeps the state; default: in host memory, for the device of the parameters.
-        advance_on_step: Hand over to the next group after each ``optimizer.step``. Without it, the caller announces
-            each step by ``announce_step`` and switches groups by ``activate``.
+        advance_on_step: Start with the first group now, and hand over to the next one after each ``optimizer.step``.
+            Without it, the caller announces each step by ``announce_step`` and switches groups by ``activate``.
         held_back: Parameters that were frozen for this run and become trainable again on ``close``.
 
     Raises:
@@ -90,7 +90,7 @@ class HiFTEngine:
 
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
-        self._active_group = self.groups[0]
+        self._active_group = self.groups[schedule.group_at(0)]
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
@@ -108,7 +108,8 @@ class HiFTEngine:
             optimizer.register_state_dict_post_hook(self._complete_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._divert_state_dict),
         ]
-        self.activate()
+        if advance_on_step:
+            self.activate()
 
     @classmethod
     def attach(cls, model: nn.Module, optimizer: Optimizer, **options: Any) -> HiFTEngine:
@@ -289,7 +290,7 @@ class HiFTEngine:
                     self.offloader.put(p, rest.pop(saved_id), _keys_on_host(saved_group))
         self.step = position["step"] if position is not None else 0
         self._proof = None
-        if not self._closed:
+        if self._active and not self._closed:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
 

@@ -1,6 +1,7 @@
 """HiFT in the Trainer: the ways in, and modules that were not written for it."""
 
 import copy
+import re
 import warnings
 
 import lightning.pytorch as pl
@@ -508,6 +509,13 @@ def test_table_and_proof_are_shown(caplog):
     assert "net.blocks.1" in text
     assert "Frozen: 16 parameters in 2 tensors (net.norm.weight, net.norm.bias)" in text
     assert "first sweep done, all 21 trainable parameters were updated" in text
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback"])
+def test_model_summary_counts_everything_as_trainable(way, capsys):
+    trainer(**WAYS_IN[way](), enable_model_summary=True).fit(Automatic(), loader(2))
+    shown = capsys.readouterr()
+    assert re.search(r"(1\.2 K +Trainable params|Trainable params: 1\.2 K)", shown.out + shown.err)
 
 
 def test_groups_and_active_group_are_readable():
