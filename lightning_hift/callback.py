@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -26,6 +27,8 @@ from lightning_hift.offload import StateOffloader
 from lightning_hift.proof import SweepReport
 from lightning_hift.schedule import Order, check_order
 from lightning_hift.table import format_bytes, format_table
+
+_MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
 class HiFTCallback(Callback):
@@ -67,8 +70,8 @@ class HiFTCallback(Callback):
         check_order(order, reshuffle)
         check_hold_lr(hold_lr)
         for name, value in (("group_size", group_size), ("steps_per_group", steps_per_group)):
-            if value < 1:
-                raise ValueError(f"Got {name}={value}; it must be at least 1.")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Got {name}={value!r}; it must be a whole number of at least 1.")
         self.group_size = group_size
         self.order: Order = order
         self.reshuffle = reshuffle
@@ -82,6 +85,7 @@ class HiFTCallback(Callback):
         self._running = False
         self._backward_ran = False
         self._grad_norm: dict[int, Tensor] = {}
+        self._backwards_without_step = 0
 
     @property
     def engines(self) -> Sequence[HiFTEngine]:
@@ -157,7 +161,11 @@ class HiFTCallback(Callback):
     def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
         if self.hold_lr == "off":
             return
-        for config in trainer.strategy.lr_scheduler_configs:
+        configs = trainer.strategy.lr_scheduler_configs
+        in_use = {id(config.scheduler) for config in configs}
+        for each in self._engines:  # a callback may have put another scheduler in the place of a held one
+            each.held_schedulers = [s for s in each.held_schedulers if id(s) in in_use]
+        for config in configs:
             engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
             if engine is None or is_held(config.scheduler):
                 continue
@@ -171,15 +179,13 @@ class HiFTCallback(Callback):
                     " Size the schedule in sweeps, or use hold_lr='replay'."
                 )
             # How often a schedule is stepped in a sweep is known only for intervals of steps.
-            ahead = None if by_step else 1
+            ahead = max(1, engine.schedule.steps_per_sweep // config.frequency) if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
 
     # Until here everything is trainable, as the model summary and the user's own hooks expect.
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
-        for engine in self._engines:
-            engine.activate()
         rank_zero_info(self.summary(pl_module))
 
     @override
@@ -188,16 +194,29 @@ class HiFTCallback(Callback):
     ) -> None:
         for engine in self._engines:
             engine.activate()
-        self._hold_learning_rates(trainer)  # a callback may have put another scheduler in place
+        self._hold_learning_rates(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if not loss.requires_grad:
+        if loss.requires_grad:
+            return
+        if len(self._engines) > 1 or loss.is_inference():
             raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
+        # This loss has nothing to do with the active group, but another one before the step may. The backward pass then
+        # does nothing, and the step raises if none of them reaches the group.
+        loss.requires_grad_(True)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._backward_ran = True
+        self._backwards_without_step += 1
+        if self._backwards_without_step == _MANY * trainer.accumulate_grad_batches:
+            rank_zero_warn(
+                f"{self._backwards_without_step} backward passes without a step of the optimizer that HiFT has seen."
+                f" Only {' and '.join(engine.active_group.name for engine in self._engines)} has been trainable all the"
+                " time, because the groups take turns at calls of optimizer.step(). An optimizer that is stepped by"
+                " methods of other names (first_step of SAM) cannot be used."
+            )
 
     @override
     def on_before_optimizer_step(
@@ -209,8 +228,9 @@ class HiFTCallback(Callback):
         if self._backward_ran and len(self._engines) == 1:
             engine.check_gradients()
         self._backward_ran = False
+        self._backwards_without_step = 0
         engine.announce_step()
-        gradients = [p.grad for p in engine.active_parameters if p.grad is not None]
+        gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
         if gradients:
             self._grad_norm[index] = torch.nn.utils.get_total_norm(gradients)
 
@@ -255,7 +275,7 @@ class HiFTCallback(Callback):
         return "\n".join(text)
 
     def _engine_of(self, optimizer: Optimizer) -> tuple[int, HiFTEngine]:
-        bare = getattr(optimizer, "optimizer", optimizer)
+        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for index, engine in enumerate(self._engines):
             if engine.optimizer is bare:
                 return index, engine
@@ -272,13 +292,22 @@ class HiFTCallback(Callback):
 
     def _log_values(self, pl_module: pl.LightningModule, index: int, engine: HiFTEngine) -> None:
         suffix = f"/{index}" if len(self._engines) > 1 else ""
-        group = engine.active_group.index
-        pl_module.log(f"hift/group{suffix}", float(group), prog_bar=True)
-        pl_module.log(f"hift/sweep{suffix}", float(engine.sweep), prog_bar=True)
-        pl_module.log(f"hift/state_bytes_device{suffix}", float(engine.offloader.device_bytes))
-        pl_module.log(f"hift/state_bytes_host{suffix}", float(engine.offloader.host_bytes))
+        values = {
+            "group": engine.active_group.index,
+            "sweep": engine.sweep,
+            "state_bytes_device": engine.offloader.device_bytes,
+            "state_bytes_host": engine.offloader.host_bytes,
+        }
+        for name, value in values.items():
+            # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
+            on_bar = name in ("group", "sweep")
+            pl_module.log(f"hift/{name}{suffix}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=1)
         if index in self._grad_norm:
-            pl_module.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index))
+            pl_module.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index), batch_size=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a callback for another run: engines belong to the optimizers of this one.
+        return {**vars(self), "_engines": [], "_running": False, "_grad_norm": {}}
 
     def _close(self) -> None:
         for engine in self._engines:
@@ -301,6 +330,10 @@ def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] =
         + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
         " in full fine-tuning."
     )
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _show_report(report: SweepReport) -> None:

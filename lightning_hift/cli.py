@@ -43,6 +43,7 @@ class HiFTTrainer(pl.Trainer):
             frozen=callback.frozen,
             always_active=callback.always_active,
             make_offloader=lambda: StateOffloader("cpu"),
+            advance_on_step=False,  # nothing is to be frozen or stepped
         )
         print(describe_groups(engine.groups, engine.always_active))
         engine.close()

@@ -8,7 +8,7 @@ of the step, and keeps all other state out of ``optimizer.state``, where no fore
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _REFUSED = {
     torch.optim.SparseAdam: "it takes sparse gradients only, which layer groups of dense parameters do not have",
 }
 _CHECKPOINT_KEY = "hift"
+_COMPILED = "_orig_mod."
 
 
 class HiFTEngine:
@@ -97,6 +98,8 @@ class HiFTEngine:
         self._state_lent = False
         self._closed = False
         self._proof: FirstSweepProof | None = FirstSweepProof(self.parameters)
+        self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
+        self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
         self._num_owned = self._count_owned()
 
         self._take_over_from(getattr(optimizer, "_hift_engine", None))
@@ -107,6 +110,7 @@ class HiFTEngine:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._complete_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._divert_state_dict),
+            optimizer.register_load_state_dict_post_hook(self._restore_all_held),
         ]
         if advance_on_step:
             self.activate()
@@ -151,14 +155,9 @@ class HiFTEngine:
         """Make the current step's group trainable and freeze all others. Repeating it changes nothing.
 
         Raises:
-            RuntimeError: Parameters were added to the optimizer after the engine was attached.
+            RuntimeError: After the engine was attached, parameters were added to the optimizer, frozen, or moved.
         """
-        if self._count_owned() != self._num_owned:
-            raise RuntimeError(
-                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
-                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
-                " later, do so between two calls of fit."
-            )
+        self._check_unchanged()
         self._active_group = self.groups[self.schedule.group_at(self.step)]
         self._active = self._parameters_at(self.step)
         active = set(self._active)
@@ -170,6 +169,31 @@ class HiFTEngine:
                 p.requires_grad_(True)
         self._step_counted = False
         self.offloader.hold(self._active)
+
+    def _check_unchanged(self) -> None:
+        if self._count_owned() != self._num_owned:
+            raise RuntimeError(
+                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
+                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
+                " later, do so between two calls of fit."
+            )
+        # Before the first step everything is trainable; a plain loop still has the active group as it was set. (Modules
+        # with several optimizers may freeze and unfreeze in between.)
+        expected = list(self.parameters.values()) if not self._active else self._active if self._advance_on_step else []
+        names = {id(p): name for name, p in self.parameters.items()}
+        frozen = [names[id(p)] for p in expected if not p.requires_grad]
+        if frozen:
+            raise RuntimeError(
+                f"{frozen[:8]} were frozen after HiFT had put them into layer groups. Freeze them earlier (in __init__"
+                " or configure_model), or name them in frozen=[...]."
+            )
+        kept_for = self.offloader.device
+        moved = [p for p in self._active or expected if p.device.type != kept_for.type]
+        if moved:
+            raise RuntimeError(
+                f"The parameters are on {moved[0].device}, but the optimizer state is kept for {kept_for}. Move the"
+                " model before HiFT is attached to its optimizer."
+            )
 
     def announce_step(self) -> None:
         """Count an attempt to step, whether or not the optimizer is then allowed to. Counts once per ``activate``."""
@@ -204,11 +228,11 @@ class HiFTEngine:
         """
         if self._closed:
             return
-        self._return_lent_state()
-        self.offloader.release_all()
+        self._closed = True
         for p in (*self.parameters.values(), *self._held_back):
             p.requires_grad_(True)
-        self._closed = True
+        self._return_lent_state()
+        self.offloader.release_all()
 
     # --- hooks of the optimizer ---------------------------------------------------------------------------------------
 
@@ -265,7 +289,9 @@ class HiFTEngine:
 
     def _return_lent_state(self) -> None:
         state = self.optimizer.state
-        self.offloader.give({p: state.pop(p) for p in list(state) if isinstance(p, nn.Parameter)})
+        taken = {p: state.pop(p) for p in list(state) if isinstance(p, nn.Parameter)}
+        # Reading optimizer.state[p] makes an empty entry, which must not take the place of the state that is kept.
+        self.offloader.give({p: values for p, values in taken.items() if values})
         self._state_lent = False
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -273,7 +299,15 @@ class HiFTEngine:
         stored = {i: self.offloader.state_of(p) for i, p in enumerate(self._owned())}
         others = {k: v for k, v in state_dict["state"].items() if k not in stored}
         state_dict["state"] = {i: state for i, state in stored.items() if state} | others
-        state_dict[_CHECKPOINT_KEY] = {"step": self.step, **self._fingerprint()}
+        for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
+            for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
+                group.update(caught_up)
+        state_dict[_CHECKPOINT_KEY] = {
+            "step": self.step,
+            "dtypes": [str(p.dtype) for p in self._owned()],
+            "held": [s.held_state() for s in self.held_schedulers],
+            **self._fingerprint(),
+        }
 
     def _divert_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         saved_groups = state_dict["param_groups"]
@@ -283,16 +317,34 @@ class HiFTEngine:
         if position is not None:
             self._check_fingerprint(position)
         rest = dict(state_dict["state"])
+        # Without a word about the weights that the state was made for, float state is cast to the weights, as in torch.
+        dtypes = iter(position["dtypes"] if position is not None else [None] * self._num_owned)
         self.offloader.clear()
         for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for saved_id, p in zip(saved_group["params"], group["params"], strict=True):
+                dtype = next(dtypes)
                 if saved_id in rest:
-                    self.offloader.put(p, rest.pop(saved_id), _keys_on_host(saved_group))
+                    state = _cast(rest.pop(saved_id), dtype, p.dtype)
+                    self.offloader.put(p, state, _keys_on_host(saved_group))
         self.step = position["step"] if position is not None else 0
+        self._active_group = self.groups[self.schedule.group_at(self.step)]
+        self._held_on_load = (self.step, position["held"]) if position is not None else None
         self._proof = None
         if self._active and not self._closed:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
+
+    def _restore_all_held(self, optimizer: Optimizer) -> None:
+        for scheduler in self.held_schedulers:
+            self.restore_held(scheduler)
+
+    def restore_held(self, scheduler: Any) -> None:
+        """Give a scheduler what the checkpoint that was loaded holds back for it, if no step was made since."""
+        if self._held_on_load is None or self._held_on_load[0] != self.step:
+            return
+        index, held = self.held_schedulers.index(scheduler), self._held_on_load[1]
+        if index < len(held):
+            scheduler.restore_held(held[index])
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -364,8 +416,8 @@ class HiFTEngine:
             "reshuffle": self.schedule.reshuffle,
             "steps_per_group": self.schedule.steps_per_group,
             "seed": self.schedule.seed if self.schedule.order == "random" else None,
-            "units": {unit.name: list(unit.parameters) for group in self.groups for unit in group.units},
-            "always_active": {unit.name: list(unit.parameters) for unit in self.always_active},
+            "units": _names_of(unit for group in self.groups for unit in group.units),
+            "always_active": _names_of(self.always_active),
         }
 
     def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
@@ -426,6 +478,9 @@ def attach_engines(
         RuntimeError: An optimizer is already under another engine.
     """
     check_order(order, reshuffle)
+    units = [units] if isinstance(units, str) else units
+    frozen = [frozen] if isinstance(frozen, str) else frozen
+    always_active = [always_active] if isinstance(always_active, str) else always_active
     held_back = list(select_parameters(model, frozen).values()) if frozen else []
     engines: list[HiFTEngine] = []
     for p in held_back:
@@ -483,6 +538,21 @@ def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:
     """State that torch keeps on the host: the step count, unless a kernel on the device has to read it."""
     return () if param_group.get("fused") or param_group.get("capturable") else ("step",)
+
+
+def _names_of(units: Iterable[LayerUnit]) -> dict[str, list[str]]:
+    """Parameter names by unit, the same for a compiled module as for the module itself."""
+    return {unit.name.replace(_COMPILED, ""): [n.replace(_COMPILED, "") for n in unit.parameters] for unit in units}
+
+
+def _cast(state: dict[Any, Any], saved: str | None, dtype: torch.dtype) -> dict[Any, Any]:
+    """Float state that had the dtype of its parameter in that of the parameter now; step counts as they are."""
+
+    def cast(key: Any, value: Any) -> Any:
+        follows = isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step"
+        return value.to(dtype) if follows and saved in (None, str(value.dtype)) else value
+
+    return {key: cast(key, value) for key, value in state.items()}
 
 
 def _first_difference(saved: Any, mine: Any) -> str:

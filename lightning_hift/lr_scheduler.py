@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
+from torch.optim import Optimizer
 
 from lightning_hift.engine import HiFTEngine
 
 HoldLR = Literal["replay", "once", "off"]
 
-_CHECKPOINT_KEY = "hift"
 _SCHEDULED = ("lr", "momentum", "betas")  # the options that torch's schedulers change
+_NEGLIGIBLE = 0.01  # a learning rate below this share of the next sweep's wastes the first sweep
+_OWN = {"_scheduler", "_engine", "_hold_lr", "_pending", "_first", "_unfinished"}
+
+Options = list[dict[str, Any]]
 
 
 class SweepLR:
     """Holds back the steps of a learning-rate scheduler until the sweep is over (HiFT, algorithm 1, delayed update).
 
-    It stands in for the scheduler: every other attribute, and its class, are the scheduler's own.
+    It stands in for the scheduler: every other attribute, and its class, are the scheduler's own. So is its
+    ``state_dict``, as if nothing were held back: what is held travels in the state of the optimizer, where plain torch
+    ignores it.
 
-    A schedule that starts at a learning rate of 0 would waste the whole first sweep. The first sweep then already uses
-    the learning rate of the second.
+    A schedule that starts at a learning rate of (nearly) 0 would waste the whole first sweep. The first sweep then
+    already uses the learning rate of the second.
 
     Args:
         scheduler: Any scheduler with ``step`` and ``state_dict``.
@@ -30,8 +39,7 @@ class SweepLR:
         hold_lr: ``"replay"`` makes up for all held-back steps at the end of the sweep, so the schedule ends when it
             should. ``"once"`` makes one step per sweep, as in the paper: a schedule that was sized in optimizer steps
             gets only 1/k of the way. ``"off"`` holds nothing back.
-        steps_ahead: How many steps of a schedule that starts at 0 lie between two sweeps; default: one per optimizer
-            step.
+        steps_ahead: How many steps of the schedule lie between two sweeps; default: one per optimizer step.
 
     Raises:
         ValueError: ``hold_lr`` is unknown.
@@ -45,12 +53,11 @@ class SweepLR:
         self._engine = engine
         self._hold_lr = hold_lr
         self._pending: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._at_zero: list[dict[str, Any]] | None = (
-            None  # the options that a first sweep at learning rate 0 would have
-        )
-        self._before_finish: dict[str, Any] | None = None
-        if hold_lr != "off" and engine.step == 0 and starts_at_zero(scheduler):
-            self._look_ahead(1 if hold_lr == "once" else steps_ahead or engine.schedule.steps_per_sweep)
+        self._first: Options | None = None  # the options that a wasted first sweep would have
+        self._unfinished: dict[str, Any] | None = None
+        engine.held_schedulers.append(self)
+        if hold_lr != "off" and engine.step == 0 and _steps_without_arguments(scheduler):
+            self._avoid_waste(1 if hold_lr == "once" else steps_ahead or engine.schedule.steps_per_sweep)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Take note of a step of the schedule, and make up for all of them if the sweep is over."""
@@ -62,8 +69,9 @@ class SweepLR:
 
     def flush(self) -> None:
         """Apply what was held back, if no sweep is under way."""
-        if self._engine.at_sweep_start:
-            self._apply()
+        if self._pending and self._engine.at_sweep_start:
+            self._apply(self._scheduler, self._engine.optimizer)
+            self._pending, self._first = [], None
 
     def finish(self) -> None:
         """Apply what was held back although the sweep is not over: the run ends here.
@@ -71,72 +79,100 @@ class SweepLR:
         A checkpoint that is written later still has the learning rate of the unfinished sweep, so that a longer run
         which resumes from it is the same as one that was never interrupted.
         """
-        if self._pending and self._before_finish is None:
-            state = copy.deepcopy(self.state_dict())
-            state[_CHECKPOINT_KEY]["options"] = self._options()
-            self._before_finish = state
-            self._apply()
-
-    def _apply(self) -> None:
-        pending, self._pending = self._pending, []
-        if pending and self._at_zero is not None:
-            self._set_options(self._at_zero)
-            self._at_zero = None
-        for args, kwargs in pending[-1:] if self._hold_lr == "once" else pending:
-            self._scheduler.step(*args, **kwargs)
-
-    def _look_ahead(self, steps: int) -> None:
-        """Use the learning rate that the schedule has after ``steps``, with the scheduler itself still at its start."""
-        start, self._at_zero = copy.deepcopy(self._scheduler.state_dict()), self._options()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for _ in range(min(steps, getattr(self._scheduler, "total_steps", steps))):
-                self._scheduler.step()
-        ahead = self._options()
-        self._scheduler.load_state_dict(start)
-        self._set_options(ahead)
-
-    def _options(self) -> list[dict[str, Any]]:
-        groups = self._engine.optimizer.param_groups
-        return [{key: _plain(group[key]) for key in _SCHEDULED if key in group} for group in groups]
-
-    def _set_options(self, options: list[dict[str, Any]]) -> None:
-        for group, saved in zip(self._engine.optimizer.param_groups, options, strict=True):
-            for key, value in saved.items():
-                if isinstance(group[key], torch.Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
+        if self._pending and self._unfinished is None:
+            self._unfinished = {**self.held_state(), "scheduler": self._copies()[0].state_dict()}
+            self._apply(self._scheduler, self._engine.optimizer)
+            self._pending, self._first = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's own state, and under ``"hift"`` what is held back."""
-        if self._before_finish is not None:
-            return self._before_finish
-        held: dict[str, Any] = {
-            "pending": [(_plain(args), _plain(kwargs)) for args, kwargs in self._pending],
-            "at_zero": self._at_zero,
-        }
-        return {**self._scheduler.state_dict(), _CHECKPOINT_KEY: held}
+        """The scheduler's state as if nothing were held back."""
+        return dict(self._caught_up()[0].state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or one of the bare scheduler."""
-        state_dict = dict(state_dict)
-        held = state_dict.pop(_CHECKPOINT_KEY, None)
+        """Load a state of this class or of the bare scheduler, then what the optimizer's state says is held back."""
         self._scheduler.load_state_dict(state_dict)
-        self._before_finish = None
-        self._pending = [(tuple(args), dict(kwargs)) for args, kwargs in held["pending"]] if held else []
-        self._at_zero = held["at_zero"] if held else None
-        if held and "options" in held:
-            self._set_options(held["options"])
+        self._pending, self._first, self._unfinished = [], None, None
+        self._engine.restore_held(self)
+
+    # --- what travels with the optimizer ------------------------------------------------------------------------------
+
+    def held_state(self) -> dict[str, Any]:
+        """The scheduler's state without the steps that are held back, these steps, and the options in force."""
+        if self._unfinished is not None:
+            return self._unfinished
+        return {
+            "scheduler": self._scheduler.state_dict(),
+            "pending": [(_plain(args), _plain(kwargs)) for args, kwargs in self._pending],
+            "first": self._first,
+            "options": _options(self._engine.optimizer),
+        }
+
+    def restore_held(self, held: dict[str, Any]) -> None:
+        """Undo what a checkpoint made up for, so that the sweep goes on as it was."""
+        self._scheduler.load_state_dict(held["scheduler"])
+        self._pending = [(tuple(args), dict(kwargs)) for args, kwargs in held["pending"]]
+        self._first = held["first"]
+        self._unfinished = None
+        _set_options(self._engine.optimizer, held["options"])
+
+    def caught_up_options(self) -> Options | None:
+        """Learning rate and the like of each parameter group, as if nothing were held back; ``None`` if nothing is."""
+        return _options(self._caught_up()[1]) if self._pending else None
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _apply(self, scheduler: Any, optimizer: Optimizer) -> None:
+        if self._first is not None:
+            _set_options(optimizer, self._first)
+        for args, kwargs in self._pending[-1:] if self._hold_lr == "once" else self._pending:
+            scheduler.step(*args, **kwargs)
+
+    def _caught_up(self) -> tuple[Any, Optimizer]:
+        """Scheduler and optimizer without anything held back: copies, if there is something."""
+        if not self._pending:
+            return self._scheduler, self._engine.optimizer
+        scheduler, optimizer = self._copies()
+        with _without_step_order_warnings():
+            self._apply(scheduler, optimizer)
+        return scheduler, optimizer
+
+    def _copies(self) -> tuple[Any, Optimizer]:
+        """A scheduler that can be stepped without harm, on an optimizer that has nothing but options."""
+        optimizer = self._engine.optimizer
+        stand_in = torch.optim.SGD([torch.zeros(())], lr=0.0)
+        stand_in.param_groups = [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            | {"params": []}
+            for group in optimizer.param_groups
+        ]
+        stand_in.defaults = optimizer.defaults
+        return _copy_scheduler(self._scheduler, optimizer, stand_in), stand_in
+
+    def _avoid_waste(self, steps: int) -> None:
+        scheduler, stand_in = self._copies()
+        with _without_step_order_warnings():
+            for _ in range(min(steps, getattr(scheduler, "total_steps", steps))):
+                scheduler.step()
+        now, ahead = _options(self._engine.optimizer), _options(stand_in)
+        used = [{**n, "lr": a["lr"]} if n["lr"] < _NEGLIGIBLE * a["lr"] else n for n, a in zip(now, ahead, strict=True)]
+        if used != now:
+            self._first = now
+            _set_options(self._engine.optimizer, used)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._scheduler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_scheduler":  # while being copied or unpickled
+        if name in _OWN:  # while being copied or unpickled
             raise AttributeError(name)
         return getattr(self._scheduler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._scheduler, name, value)
 
 
 def is_held(scheduler: Any) -> bool:
@@ -154,12 +190,50 @@ def check_hold_lr(hold_lr: str) -> None:
         raise ValueError(f"Got hold_lr={hold_lr!r}; choose one of {', '.join(map(repr, get_args(HoldLR)))}.")
 
 
-def starts_at_zero(scheduler: Any) -> bool:
-    """Whether all learning rates are 0 now, for a schedule whose base learning rates are not."""
-    groups = scheduler.optimizer.param_groups
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        return False  # it only ever lowers them
-    return all(float(g["lr"]) == 0 for g in groups) and any(float(g.get("initial_lr", 0)) > 0 for g in groups)
+def _steps_without_arguments(scheduler: Any) -> bool:
+    """Whether ``step()`` can be called as it is: not with a metric, as on a plateau, nor with an epoch."""
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return not any(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def _copy_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) -> Any:
+    """A copy on another optimizer, schedulers inside it included, but nothing that its functions may belong to."""
+
+    def copied(value: Any) -> Any:
+        if value is optimizer:
+            return stand_in
+        if getattr(value, "optimizer", None) is optimizer and hasattr(value, "state_dict"):
+            return _copy_scheduler(value, optimizer, stand_in)
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return type(value)(copied(v) for v in value)
+        return copy.copy(value) if isinstance(value, dict) else value
+
+    twin = copy.copy(scheduler)
+    vars(twin).update({name: copied(value) for name, value in vars(scheduler).items()})
+    return twin
+
+
+@contextmanager
+def _without_step_order_warnings() -> Iterator[None]:
+    """torch warns where a scheduler is stepped and its optimizer was not; a copy's never is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
+        yield
+
+
+def _options(optimizer: Optimizer) -> Options:
+    return [{key: _plain(group[key]) for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
+
+
+def _set_options(optimizer: Optimizer, options: Options) -> None:
+    for group, saved in zip(optimizer.param_groups, options, strict=True):
+        for key, value in saved.items():
+            if isinstance(group[key], torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
 
 
 def _plain(value: Any) -> Any:

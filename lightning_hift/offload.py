@@ -84,9 +84,11 @@ class StateOffloader:
         self._copies = always_copy or self.device.type != "cpu"
         self._pin_memory = pin_memory and self.device.type == "cuda"
         self._streams = device_module or torch.get_device_module(self.device)
+        # Without streams (Apple's GPUs) host and device share their memory anyway.
+        self._copies = self._copies and hasattr(self._streams, "Stream")
         if self._copies:
-            self._fetch_stream = self._streams.Stream()
-            self._release_stream = self._streams.Stream()
+            self._fetch_stream = self._streams.Stream(device=self.device)
+            self._release_stream = self._streams.Stream(device=self.device)
         self._store: dict[nn.Parameter, State] = {}  # leaves are _Slot
         self._resident: dict[nn.Parameter, State] = {}  # on the device, newer than the store
         self._incoming = _InFlight({}, None)  # on the device, equal to the store
@@ -95,8 +97,12 @@ class StateOffloader:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of optimizer state on the device for the active group and the one being fetched."""
-        return sum(self._nbytes.get(p, 0) for p in {**self._resident, **self._incoming.states})
+        """Bytes of optimizer state on the device: active, being fetched and being released.
+
+        Where nothing is copied, it is what would be there.
+        """
+        places = (self._resident, self._incoming.states, self._outgoing.states)
+        return sum(self._nbytes[p] for place in places for p in place)
 
     @property
     def host_bytes(self) -> int:
@@ -191,10 +197,10 @@ class StateOffloader:
             if not self._copies:
                 self._incoming = _InFlight(states, None)
                 return
-            allocated = self._streams.current_stream().record_event()
+            allocated = self._streams.current_stream(self.device).record_event()
             with self._streams.stream(self._fetch_stream):
                 self._fetch_stream.wait_event(allocated)  # Note [Streams] 1
-                if self._outgoing.event is not None:
+                if not self._outgoing.states.keys().isdisjoint(parameters):
                     self._fetch_stream.wait_event(self._outgoing.event)  # Note [Streams] 2
                 for p in parameters:
                     for key, value in self._store[p].items():
@@ -203,7 +209,7 @@ class StateOffloader:
 
     def _wait_incoming(self) -> None:
         if self._incoming.event is not None:
-            self._streams.current_stream().wait_event(self._incoming.event)  # Note [Streams] 3
+            self._streams.current_stream(self.device).wait_event(self._incoming.event)  # Note [Streams] 3
 
     def _release(self, parameters: list[nn.Parameter]) -> None:
         with record_function("HiFT::release"):
@@ -212,9 +218,10 @@ class StateOffloader:
             for p in parameters:
                 old = self._store.get(p, {})
                 self._store[p] = {k: self._host_place(v, old.get(k)) for k, v in states[p].items()}
+            self._outgoing = _InFlight(states, None)
             if not self._copies:
                 return
-            stepped = self._streams.current_stream().record_event()
+            stepped = self._streams.current_stream(self.device).record_event()
             with self._streams.stream(self._release_stream):
                 self._release_stream.wait_event(stepped)  # the step itself must have finished
                 for p in parameters:
@@ -225,7 +232,7 @@ class StateOffloader:
     def _settle(self) -> None:
         """Let go of the device tensors of the last release."""
         if self._outgoing.event is not None:
-            self._streams.current_stream().wait_event(self._outgoing.event)  # Note [Streams] 4
+            self._streams.current_stream(self.device).wait_event(self._outgoing.event)  # Note [Streams] 4
         self._outgoing = _InFlight({}, None)
 
     # --- places -------------------------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ class StateOffloader:
             return {k: self._host_place(v, old.get(k) if isinstance(old, dict) else None) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             before = old if isinstance(old, (list, tuple)) and len(old) == len(value) else [None] * len(value)
-            return type(value)([self._host_place(v, o) for v, o in zip(value, before, strict=True)])
+            return _rebuilt(value, [self._host_place(v, o) for v, o in zip(value, before, strict=True)])
         return value
 
     def _host_empty(self, like: Tensor) -> Tensor:
@@ -293,8 +300,13 @@ def _map(value: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, leaf, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_map(v, leaf, change) for v in value])
+        return _rebuilt(value, [_map(v, leaf, change) for v in value])
     return value
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    """``items`` in a list or tuple of the same class as ``value``."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _zip_slots(slots: Any, values: Any, act: Callable[[_Slot, Tensor], None]) -> None:

@@ -34,7 +34,7 @@ class FirstSweepProof:
     """Compares a checksum of each parameter before and after its steps, on the device and without waiting for it."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = dict(parameters)
+        self._parameters = {name: p for name, p in parameters.items() if p.numel() > 0}
         self._stepped: set[nn.Parameter] = set()
         self._with_gradient: set[nn.Parameter] = set()
         self._before: dict[nn.Parameter, Tensor] = {}
@@ -44,7 +44,7 @@ class FirstSweepProof:
         """Note which of the active parameters have a gradient, and their checksums."""
         for p in active:
             self._stepped.add(p)
-            if p.grad is not None:
+            if p.grad is not None and p.numel() > 0:
                 self._with_gradient.add(p)
                 self._before[p] = _checksum(p)
 
@@ -69,4 +69,6 @@ class FirstSweepProof:
 def _checksum(parameter: nn.Parameter) -> Tensor:
     """Two sums over the values, shape (2,): changes that cancel in one of them do not cancel in the other."""
     values = parameter.detach()
-    return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)])
+    values = torch.view_as_real(values) if values.is_complex() else values
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    return torch.stack([values.sum(dtype=dtype), torch.linalg.vector_norm(values, dtype=dtype)])

@@ -76,10 +76,10 @@ class LaggingDevice:
         self._current = LaggingStream("compute", ignores)
         self.copies = 0
 
-    def Stream(self) -> LaggingStream:
+    def Stream(self, device: torch.device) -> LaggingStream:
         return LaggingStream(next(self._names), self._ignores)
 
-    def current_stream(self) -> LaggingStream:
+    def current_stream(self, device: torch.device) -> LaggingStream:
         return self._current
 
     @contextmanager

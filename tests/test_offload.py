@@ -25,16 +25,16 @@ def give_and_leave(offloader, states):
 
 def test_lagging_device_poisons_until_the_event_is_waited_for():
     device = LaggingDevice()
-    stream = device.Stream()
+    stream = device.Stream("cpu")
     source, destination = torch.ones(2), torch.zeros(2)
-    ready = device.current_stream().record_event()
+    ready = device.current_stream("cpu").record_event()
     with device.stream(stream):
         stream.wait_event(ready)
         destination.copy_(source)
         event = stream.record_event()
     assert destination.isnan().all()
     source.fill_(5.0)
-    device.current_stream().wait_event(event)
+    device.current_stream("cpu").wait_event(event)
     assert destination.tolist() == [5.0, 5.0]
     assert device.copies == 1
 
@@ -111,6 +111,9 @@ def test_bytes():
     offloader, a, b = lagging(), parameter(), parameter()
     give_and_leave(offloader, {a: {"m": torch.ones(3), "v": torch.ones(3)}})
     offloader.give({b: {"m": torch.ones(3)}})
+    # What is being released still is on the device.
+    assert (offloader.device_bytes, offloader.host_bytes) == (12 + 24, 24)
+    offloader.drain()
     assert (offloader.device_bytes, offloader.host_bytes) == (12, 24)
 
 
