@@ -8,13 +8,14 @@ of the step, and keeps all other state out of ``optimizer.state``, where no fore
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_hift.fingerprint import cast_state, check_fingerprint, make_fingerprint
 from lightning_hift.grouping import (
     LayerGroup,
     LayerUnit,
@@ -32,7 +33,6 @@ _REFUSED = {
     torch.optim.SparseAdam: "it takes sparse gradients only, which layer groups of dense parameters do not have",
 }
 _CHECKPOINT_KEY = "hift"
-_COMPILED = "_orig_mod."
 
 
 class HiFTEngine:
@@ -315,7 +315,7 @@ class HiFTEngine:
             return None  # torch raises its own error for this
         position = state_dict.get(_CHECKPOINT_KEY)
         if position is not None:
-            self._check_fingerprint(position)
+            check_fingerprint(position, self._fingerprint())
         rest = dict(state_dict["state"])
         # Without a word about the weights that the state was made for, float state is cast to the weights, as in torch.
         dtypes = iter(position["dtypes"] if position is not None else [None] * self._num_owned)
@@ -324,7 +324,7 @@ class HiFTEngine:
             for saved_id, p in zip(saved_group["params"], group["params"], strict=True):
                 dtype = next(dtypes)
                 if saved_id in rest:
-                    state = _cast(rest.pop(saved_id), dtype, p.dtype)
+                    state = cast_state(rest.pop(saved_id), dtype, p.dtype)
                     self.offloader.put(p, state, _keys_on_host(saved_group))
         self.step = position["step"] if position is not None else 0
         self._active_group = self.groups[self.schedule.group_at(self.step)]
@@ -393,6 +393,9 @@ class HiFTEngine:
         if other._fingerprint() == self._fingerprint():
             self.step, self._proof = other.step, None
 
+    def _fingerprint(self) -> dict[str, Any]:
+        return make_fingerprint(self.schedule, self.groups, self.always_active)
+
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""
         for hook in self._hooks:
@@ -407,32 +410,6 @@ class HiFTEngine:
                         for k, v in state.items()
                     }
         self.offloader.clear()
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """Everything that must agree between a checkpoint and the run that resumes from it."""
-        return {
-            "group_size": len(self.groups[0].units),
-            "order": self.schedule.order,
-            "reshuffle": self.schedule.reshuffle,
-            "steps_per_group": self.schedule.steps_per_group,
-            "seed": self.schedule.seed if self.schedule.order == "random" else None,
-            "units": _names_of(unit for group in self.groups for unit in group.units),
-            "always_active": _names_of(self.always_active),
-        }
-
-    def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
-        mine = self._fingerprint()
-        differences = [
-            f"{key}: {_first_difference(saved.get(key), value)}"
-            for key, value in mine.items()
-            if saved.get(key) != value
-        ]
-        if differences:
-            raise ValueError(
-                "The checkpoint was written with another grouping, so its position in the sweep means something else"
-                f" here. Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to"
-                " resume, or load only the weights to start a new run."
-            )
 
 
 _ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
@@ -538,32 +515,3 @@ def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:
     """State that torch keeps on the host: the step count, unless a kernel on the device has to read it."""
     return () if param_group.get("fused") or param_group.get("capturable") else ("step",)
-
-
-def _names_of(units: Iterable[LayerUnit]) -> dict[str, list[str]]:
-    """Parameter names by unit, the same for a compiled module as for the module itself."""
-    return {unit.name.replace(_COMPILED, ""): [n.replace(_COMPILED, "") for n in unit.parameters] for unit in units}
-
-
-def _cast(state: dict[Any, Any], saved: str | None, dtype: torch.dtype) -> dict[Any, Any]:
-    """Float state that had the dtype of its parameter in that of the parameter now; step counts as they are."""
-
-    def cast(key: Any, value: Any) -> Any:
-        follows = isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step"
-        return value.to(dtype) if follows and saved in (None, str(value.dtype)) else value
-
-    return {key: cast(key, value) for key, value in state.items()}
-
-
-def _first_difference(saved: Any, mine: Any) -> str:
-    if isinstance(saved, Mapping) and isinstance(mine, Mapping):
-        if len(saved) != len(mine):
-            return f"{len(saved)} against {len(mine)}"
-        for (name, there), (other, here) in zip(saved.items(), mine.items(), strict=True):
-            if name != other:
-                return f"{name!r} against {other!r}"
-            if there != here:
-                changed = sorted({*there} ^ {*here})
-                return f"{name!r} holds other parameters ({changed[:4]})"
-        return "another order of units"
-    return f"{saved!r} against {mine!r}"

@@ -11,7 +11,7 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {"schedule", "forward_order", "unit_search", "grouping", "offload", "proof", "table"},
+    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "offload", "proof", "table"},
     {"engine", "lr_scheduler"},
     {"callback", "strategy", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},

@@ -305,7 +305,7 @@ def test_compiled_and_plain_module_share_checkpoints():
     resumed = HiFTEngine.attach(
         other, optimizer, units=["_orig_mod.embedding", "_orig_mod.blocks.*", ["_orig_mod.norm", "_orig_mod.head"]]
     )
-    saved["hift"]["units"] = {n.replace("head", "norm"): p for n, p in saved["hift"]["units"].items()}
+    saved["hift"]["units"] = [(name.replace("head", "norm"), p) for name, p in saved["hift"]["units"]]
     optimizer.load_state_dict(saved)
     assert resumed.step == 0
 

@@ -134,28 +134,35 @@ VARIANTS: dict[str, Callable[[Sequence[tuple[Tensor, Tensor]]], list[float]]] = 
 FULL, ONE_GROUP, BY_HAND, HIFT = VARIANTS
 
 
-def measure(rounds: int, sweeps: int = 2) -> dict[str, list[float]]:
-    """Mean seconds per step over whole sweeps, for each variant and round. The order of the variants rotates."""
+def measure(rounds: int, sweeps: int = 2) -> dict[str, list[list[float]]]:
+    """Seconds of each step, by variant and round, for whole sweeps. The order of the variants rotates."""
     length = len(find_layer_units(build_model()))
     # The steps before the last whole sweeps are warm-up: they allocate gradients and state.
     batches = make_batches(WARM_UP_STEPS + (sweeps + 1) * length)
-    results: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    results: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     names = list(VARIANTS)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            results[name].append(statistics.mean(VARIANTS[name](batches)[-sweeps * length :]))
-            print(f"round {i + 1}/{rounds}  {name}: {1000 * results[name][-1]:.0f} ms per step", flush=True)
-    return results
+            times = VARIANTS[name](batches)[-sweeps * length :]
+            results[name].append(times)
+            print(f"round {i + 1}/{rounds}  {name}: {1000 * statistics.mean(times):.0f} ms per step", flush=True)
+    return {name: [_by_place(times, length) for times in runs] for name, runs in results.items()}
 
 
-def report(results: dict[str, list[float]]) -> str:
-    """A table of medians over the rounds, and of the medians of the ratios within each round."""
+def _by_place(times: list[float], length: int) -> list[float]:
+    """The fastest of the steps at each place in the sweep: what else the machine did only ever adds to a time."""
+    return [min(times[place::length]) for place in range(length)]
+
+
+def report(results: dict[str, list[list[float]]]) -> str:
+    """A table of mean seconds per step over a sweep (medians over the rounds), and ratios within rounds (medians)."""
+    means = {name: [statistics.mean(places) for places in runs] for name, runs in results.items()}
 
     def ratio(above: str, below: str) -> float:
-        return statistics.median(a / b for a, b in zip(results[above], results[below], strict=True))
+        return statistics.median(a / b for a, b in zip(means[above], means[below], strict=True))
 
     rows = [
-        [name, f"{1000 * statistics.median(times):.0f}", f"{ratio(FULL, name):.2f}"] for name, times in results.items()
+        [name, f"{1000 * statistics.median(times):.0f}", f"{ratio(FULL, name):.2f}"] for name, times in means.items()
     ]
     return "\n".join(
         [
@@ -177,8 +184,8 @@ def passport(rounds: int) -> str:
     return (
         f"BERT, 6 layers, hidden 384, vocabulary {VOCABULARY}, fp32, AdamW, batch {BATCH_SIZE} x {SEQUENCE_LENGTH};"
         f" {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()},"
-        f" {versions}; {rounds} rounds, medians of rounds, ratios within a round, {WARM_UP_STEPS} steps and one sweep"
-        " of warm-up each"
+        f" {versions}; {rounds} rounds of two sweeps, the faster step at each place, medians of rounds, ratios within a"
+        f" round, {WARM_UP_STEPS} steps and one sweep of warm-up each"
     )
 
 

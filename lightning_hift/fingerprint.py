@@ -1,0 +1,77 @@
+"""What must agree between a checkpoint and the run that resumes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.schedule import SweepSchedule
+
+_COMPILED = "_orig_mod."
+
+
+def make_fingerprint(
+    schedule: SweepSchedule, groups: Sequence[LayerGroup], always_active: Sequence[LayerUnit]
+) -> dict[str, Any]:
+    """Everything that gives a position in the sweep its meaning, in plain values."""
+    return {
+        "group_size": len(groups[0].units),
+        "order": schedule.order,
+        "reshuffle": schedule.reshuffle,
+        "steps_per_group": schedule.steps_per_group,
+        "seed": schedule.seed if schedule.order == "random" else None,
+        "units": _names_of(unit for group in groups for unit in group.units),
+        "always_active": _names_of(always_active),
+    }
+
+
+def check_fingerprint(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Compare a saved fingerprint with that of this run.
+
+    Raises:
+        ValueError: They differ; the message says in what.
+    """
+    differences = [
+        f"{key}: {_first_difference(saved.get(key), value)}" for key, value in mine.items() if saved.get(key) != value
+    ]
+    if differences:
+        raise ValueError(
+            "The checkpoint was written with another grouping, so its position in the sweep means something else here."
+            f" Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume, or load"
+            " only the weights to start a new run."
+        )
+
+
+def cast_state(state: Mapping[Any, Any], saved: str | None, dtype: torch.dtype) -> dict[Any, Any]:
+    """State from a checkpoint whose weights may have had another precision.
+
+    Args:
+        state: The state of one parameter.
+        saved: The dtype that the parameter had; ``None`` if the checkpoint does not say, as one of plain torch.
+        dtype: The dtype that it has now. Float state of the saved dtype follows it; step counts stay as they are.
+    """
+
+    def cast(key: Any, value: Any) -> Any:
+        follows = isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step"
+        return value.to(dtype) if follows and saved in (None, str(value.dtype)) else value
+
+    return {key: cast(key, value) for key, value in state.items()}
+
+
+def _names_of(units: Iterable[LayerUnit]) -> list[tuple[str, list[str]]]:
+    """Units with their parameters by name, the same for a compiled module as for the module itself."""
+    return [(unit.name.replace(_COMPILED, ""), [n.replace(_COMPILED, "") for n in unit.parameters]) for unit in units]
+
+
+def _first_difference(saved: Any, mine: Any) -> str:
+    if not (isinstance(saved, list) and isinstance(mine, list)):
+        return f"{saved!r} against {mine!r}"
+    if len(saved) != len(mine):
+        return f"{len(saved)} against {len(mine)}"
+    (name, there), (other, here) = next((a, b) for a, b in zip(saved, mine, strict=True) if a != b)
+    if name != other:
+        return f"{name!r} against {other!r}"
+    return f"{name!r} holds other parameters ({sorted({*there} ^ {*here})[:4] or 'in another order'})"
