@@ -315,7 +315,7 @@ def test_checkpoint_of_the_same_units_in_another_order():
     names = ["embedding", "blocks.0", "blocks.1", "blocks.2", ["norm", "head"]]
     engine = HiFTEngine.attach(model, adamw(model.parameters()), units=names)
     resumed = HiFTEngine.attach(other, adamw(other.parameters()), units=[names[i] for i in (0, 2, 1, 3, 4)])
-    with pytest.raises(ValueError, match="units: 'blocks.0' against 'blocks.1'"):
+    with pytest.raises(ValueError, match=r"units: 'blocks.0' against 'blocks.1'"):
         resumed.optimizer.load_state_dict(engine.optimizer.state_dict())
 
 
