@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -58,7 +58,7 @@ class HiFTCallback(Callback):
     def __init__(
         self,
         group_size: int = 1,
-        order: Order = "bottom2up",
+        order: Order | str = "bottom2up",
         reshuffle: bool = False,
         steps_per_group: int = 1,
         hold_lr: HoldLR = "replay",
@@ -70,10 +70,10 @@ class HiFTCallback(Callback):
         check_order(order, reshuffle)
         check_hold_lr(hold_lr)
         for name, value in (("group_size", group_size), ("steps_per_group", steps_per_group)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Got {name}={value!r}; it must be a whole number of at least 1.")
         self.group_size = group_size
-        self.order: Order = order
+        self.order = cast(Order, order)
         self.reshuffle = reshuffle
         self.steps_per_group = steps_per_group
         self.hold_lr: HoldLR = hold_lr
@@ -141,6 +141,10 @@ class HiFTCallback(Callback):
         if self._running:
             return
         strategy = trainer.strategy
+        if any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers):
+            raise MisconfigurationException(
+                "configure_optimizers returned no optimizer, so there is nothing that HiFT could step. Return one."
+            )
         self._engines = attach_engines(
             trainer.lightning_module,
             strategy.optimizers,
@@ -170,22 +174,31 @@ class HiFTCallback(Callback):
             if engine is None or is_held(config.scheduler):
                 continue
             by_step = config.interval == "step"
-            if by_step and self.hold_lr == "once" and len(engine.groups) > 1:
-                total = trainer.estimated_stepping_batches
-                rank_zero_warn(
-                    f"hold_lr='once' takes one scheduler step per sweep of {engine.schedule.steps_per_sweep} optimizer"
-                    f" steps, so {type(config.scheduler).__name__} will get about"
-                    f" {total / engine.schedule.steps_per_sweep:.0f} of the {total} steps it would get without HiFT."
-                    " Size the schedule in sweeps, or use hold_lr='replay'."
-                )
             # How often a schedule is stepped in a sweep is known only for intervals of steps.
             ahead = max(1, engine.schedule.steps_per_sweep // config.frequency) if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
+
+    def _warn_about_horizons(self, trainer: pl.Trainer) -> None:
+        # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
+        total = trainer.estimated_stepping_batches
+        for config in trainer.strategy.lr_scheduler_configs:
+            if not is_held(config.scheduler) or config.interval != "step":
+                continue
+            engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
+            length, name = engine.schedule.steps_per_sweep, config.scheduler.__class__.__name__
+            if length > 1:
+                rank_zero_warn(
+                    f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
+                    f" will get about {total / length:.0f} of the {total} steps it would get without HiFT."
+                    " Size the schedule in sweeps, or use hold_lr='replay'."
+                )
 
     # Until here everything is trainable, as the model summary and the user's own hooks expect.
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
+        if self.hold_lr == "once":
+            self._warn_about_horizons(trainer)
         rank_zero_info(self.summary(pl_module))
 
     @override

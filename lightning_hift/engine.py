@@ -301,7 +301,9 @@ class HiFTEngine:
         state_dict["state"] = {i: state for i, state in stored.items() if state} | others
         for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
             for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
-                group.update(caught_up)
+                for key, value in caught_up.items():
+                    is_tensor = isinstance(group[key], torch.Tensor)
+                    group[key] = torch.full_like(group[key], value) if is_tensor else value
         state_dict[_CHECKPOINT_KEY] = {
             "step": self.step,
             "dtypes": [str(p.dtype) for p in self._owned()],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -88,7 +89,37 @@ def _body(function: Any) -> list[ast.AST]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):
         return []
-    return list(tree.body[0].body) if isinstance(tree.body[0], ast.FunctionDef) else [tree]
+    written = tree.body[0]
+    return list(_InPlace(written).visit(written).body) if isinstance(written, ast.FunctionDef) else [tree]
+
+
+class _InPlace(ast.NodeTransformer):
+    """Rewrites ``head = this.head; ...; head(x)`` to ``...; self.head(x)``: only the use counts, whatever its name."""
+
+    def __init__(self, function: ast.FunctionDef) -> None:
+        arguments = [*function.args.posonlyargs, *function.args.args]
+        self._first = arguments[0].arg if arguments else "self"
+        stored = Counter(n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        self._aliases = {
+            statement.targets[0].id: statement.value
+            for statement in ast.walk(function)
+            if isinstance(statement, ast.Assign)
+            and len(statement.targets) == 1
+            and isinstance(statement.targets[0], ast.Name)
+            and stored[statement.targets[0].id] == 1
+            and isinstance(statement.value, ast.Attribute)
+            and isinstance(statement.value.value, ast.Name)
+            and statement.value.value.id == self._first
+        }
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if node.value in self._aliases.values() else self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id == self._first:
+            return ast.Name("self", node.ctx)
+        alias = self._aliases.get(node.id)
+        return node if alias is None else ast.Attribute(ast.Name("self", ast.Load()), alias.attr, ast.Load())
 
 
 def _attributes(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.Attribute, bool]]:

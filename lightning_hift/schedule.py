@@ -83,7 +83,7 @@ def check_order(order: str, reshuffle: bool = False) -> None:
     if order in _AUTHORS_NAMES:
         raise ValueError(
             f"Got order={order!r}, the name in the HiFT authors' code. The paper's name, used here, is"
-            f" {_AUTHORS_NAMES[order]!r}."
+            f" {_AUTHORS_NAMES[order]!r}; choose one of {', '.join(map(repr, ORDERS))}."
         )
     if order not in ORDERS:
         raise ValueError(f"Got order={order!r}; choose one of {', '.join(map(repr, ORDERS))}.")

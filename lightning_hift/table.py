@@ -12,7 +12,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     right = [
-        bool(cells) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in cells) for i in range(len(header))
+        bool(cells) and all(row[i][:1].isdigit() or row[i] in ("", "-", "all") for row in cells)
+        for i in range(len(header))
     ]
 
     def line(row: Sequence[str]) -> str:

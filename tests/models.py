@@ -88,11 +88,10 @@ class ResumableLoader:
         return len(self.batches)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
-        start, self._next = self._next, 0
+        start = self._next % len(self.batches)  # the Trainer does not exhaust a loader whose length it knows
         for i in range(start, len(self.batches)):
             self._next = i + 1
             yield self.batches[i]
-        self._next = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"next": self._next}

@@ -254,7 +254,9 @@ def test_a_bad_value_in_the_file_ends_in_a_short_message(tmp_path: Path, capsys:
     with pytest.raises(SystemExit) as stopped:
         run_cli("fit", "--config", "bad.yaml")
     assert stopped.value.code == 2
-    assert "'bottom2up', 'top2down', 'random'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "The paper's name, used here, is 'bottom2up'" in message
+    assert "'bottom2up', 'top2down', 'random'" in message
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_without_a_logger_nothing_is_written(config: str, tmp_path: Path) -> Non
 def test_main_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         (["--help"], "groups"),
-        (["fit", "--help"], "--hift.order {bottom2up,top2down,random}"),
+        (["fit", "--help"], "Literal['bottom2up', 'top2down',"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

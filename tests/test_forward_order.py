@@ -275,3 +275,27 @@ def test_reading_the_source_runs_nothing() -> None:
             raise AssertionError("must not run")
 
     assert names(Explodes())[-1] == "d"
+
+
+class OtherName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.body, self.embedding = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(this, x):
+        return this.head(this.body(this.embedding(x)))
+
+
+class Aliases(OtherName):
+    def forward(self, x):
+        head = self.head
+        body = self.body
+        x = self.embedding(x)
+        for _ in range(2):
+            x = body(x)
+        return head(x)
+
+
+@pytest.mark.parametrize("cls", [OtherName, Aliases])
+def test_other_names_for_self_and_for_members(cls):
+    assert [name for name, _ in members_in_forward_order(cls())] == ["embedding", "body", "head"]

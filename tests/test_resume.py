@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -236,6 +237,39 @@ def test_truncated_file(tmp_path, kept):
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     with pytest.raises(RuntimeError, match=r"c.ckpt \([\d,]+ bytes\) is truncated or damaged"):
         trainer(callbacks=[HiFTCallback()]).fit(Automatic(), loader(2), ckpt_path=path)
+
+
+def test_damaged_file(tmp_path):
+    (tmp_path / "c.ckpt").write_text("hello" * 100)
+    with pytest.raises(RuntimeError, match=r"c.ckpt \(500 bytes\) is truncated or damaged"):
+        trainer(strategy="hift").fit(Automatic(), loader(2), ckpt_path=tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("hold_lr", ["replay", "once", "off"])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_resumed_with_each_way_to_hold_the_learning_rate(hold_lr, tensor_lr, tmp_path):
+    def start(steps, callbacks=()):
+        lr = torch.tensor(0.02) if tensor_lr else 0.02
+        model = Automatic(lambda p: torch.optim.AdamW(p, lr=lr), schedule)
+        callbacks = [HiFTCallback(hold_lr=hold_lr), *callbacks]
+        return model, trainer(
+            callbacks=callbacks, max_epochs=-1, max_steps=steps, enable_checkpointing=len(callbacks) > 1
+        )
+
+    batches = tokens(9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "hold_lr='once' takes one scheduler step per sweep")
+        model, whole = start(22)
+        whole.fit(model, ResumableLoader(batches))
+        model, first = start(13, [ModelCheckpoint(tmp_path, "cut", every_n_train_steps=13)])
+        first.fit(model, ResumableLoader(batches))
+        model, second = start(22)
+        second.fit(model, ResumableLoader(batches), ckpt_path=tmp_path / "cut.ckpt")
+    assert isinstance(second.optimizers[0].param_groups[0]["lr"], torch.Tensor) == tensor_lr
+    saved = torch.load(tmp_path / "cut.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert isinstance(saved, torch.Tensor) == tensor_lr
+    assert_same_run(whole, second)
+    assert whole.lightning_module.lrs[13:] == second.lightning_module.lrs
 
 
 def test_missing_file(tmp_path):

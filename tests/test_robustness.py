@@ -290,7 +290,19 @@ def test_a_single_pattern_may_be_a_string():
     assert [unit.name for unit in engine.always_active] == ["head"]
 
 
-@pytest.mark.parametrize("value", [1.5, "2", 0])
+def test_no_optimizer():
+    class Nothing(Automatic):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.raises(Exception, match="configure_optimizers returned no optimizer"),
+    ):
+        trainer(strategy="hift").fit(Nothing(), loader(2))
+
+
+@pytest.mark.parametrize("value", [1.5, "2", 0, True])
 def test_group_size_is_a_whole_number(value):
     with pytest.raises(ValueError, match=f"Got group_size={value!r}; it must be a whole number"):
         HiFTCallback(group_size=value)
