@@ -280,8 +280,11 @@ class HiFTEngine:
             self._proof.after_step()
         self._return_lent_state()
         self._step_announced = False
-        for p in self._active:
-            p.grad = None
+        # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
+        # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
+        if self._advance_on_step or len(self.groups) > 1:
+            for p in self._active:
+                p.grad = None
         if self._advance_on_step:
             self.activate()
         else:

@@ -53,14 +53,15 @@ class HiFTModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer), "HiFTModule takes one optimizer"
         loss = self.training_loss(batch, batch_idx)
+        if batch_idx % self.accumulate_grad_batches == 0:
+            optimizer.zero_grad()
         if loss is not None:
             self.manual_backward(loss / self.accumulate_grad_batches)
         if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
-            optimizer = self.optimizers()
-            assert isinstance(optimizer, LightningOptimizer), "HiFTModule takes one optimizer"
             optimizer.step()
-            optimizer.zero_grad()
             self._step_lr_schedulers("step", batch_idx)
         if self.trainer.is_last_batch:
             self._step_lr_schedulers("epoch", self.current_epoch)
