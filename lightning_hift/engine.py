@@ -100,7 +100,7 @@ class HiFTEngine:
         self._proof: FirstSweepProof | None = FirstSweepProof(self.parameters)
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
-        self._num_owned = self._count_owned()
+        self._num_owned = len(_parameters_of(optimizer))
 
         self._take_over_from(getattr(optimizer, "_hift_engine", None))
         self._adopt_state()
@@ -171,7 +171,7 @@ class HiFTEngine:
         self.offloader.hold(self._active)
 
     def _check_unchanged(self) -> None:
-        if self._count_owned() != self._num_owned:
+        if len(_parameters_of(self.optimizer)) != self._num_owned:
             raise RuntimeError(
                 "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
                 " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
@@ -299,7 +299,7 @@ class HiFTEngine:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.offloader.drain()
-        stored = {i: self.offloader.state_of(p) for i, p in enumerate(self._owned())}
+        stored = {i: self.offloader.state_of(p) for i, p in enumerate(_parameters_of(self.optimizer))}
         others = {k: v for k, v in state_dict["state"].items() if k not in stored}
         state_dict["state"] = {i: state for i, state in stored.items() if state} | others
         for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
@@ -309,7 +309,7 @@ class HiFTEngine:
                     group[key] = torch.full_like(group[key], value) if is_tensor else value
         state_dict[_CHECKPOINT_KEY] = {
             "step": self.step,
-            "dtypes": [str(p.dtype) for p in self._owned()],
+            "dtypes": [str(p.dtype) for p in _parameters_of(self.optimizer)],
             "held": [s.held_state() for s in self.held_schedulers],
             **self._fingerprint(),
         }
@@ -357,16 +357,9 @@ class HiFTEngine:
         units = (*self.groups[self.schedule.group_at(step)].units, *self.always_active)
         return [p for unit in units for p in unit.parameters.values()]
 
-    def _owned(self) -> list[nn.Parameter]:
-        """The optimizer's parameters; a place in this list is an index in its ``state_dict``."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _count_owned(self) -> int:
-        return sum(len(group["params"]) for group in self.optimizer.param_groups)
-
     def _check_ownership(self) -> None:
         grouped = {id(p): name for name, p in self.parameters.items()}
-        owned = {id(p): p for p in self._owned()}
+        owned = {id(p): p for p in _parameters_of(self.optimizer)}
         strangers = [p for i, p in owned.items() if p.requires_grad and i not in grouped]
         if strangers:
             raise ValueError(
@@ -471,8 +464,7 @@ def attach_engines(
         check_coverage(model, optimizers)
         found = []
         for optimizer in optimizers:
-            owned = [p for group in optimizer.param_groups for p in group["params"]]
-            found.append(find_layer_units(model, units, parameters=owned))
+            found.append(find_layer_units(model, units, parameters=_parameters_of(optimizer)))
         always = select_units([u for part in found for u in part], always_active) if always_active else []
         for optimizer, part in zip(optimizers, found, strict=True):
             rotating = [unit for unit in part if unit not in always]
@@ -503,7 +495,7 @@ def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """
     owners: dict[int, int] = {}
     for optimizer in optimizers:
-        for i in {id(p) for group in optimizer.param_groups for p in group["params"]}:
+        for i in {id(p) for p in _parameters_of(optimizer)}:
             owners[i] = owners.get(i, 0) + 1
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     orphans = [name for name, p in trainable if id(p) not in owners]
@@ -515,6 +507,11 @@ def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             f"More than one optimizer holds the parameters {shared[:8]}, so no single schedule can decide when they"
             " train. Give each parameter to one optimizer."
         )
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of ``optimizer``; a place in this list is an index in its ``state_dict``."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -151,15 +151,11 @@ class StateOffloader:
         """States of ``parameters`` on the device, ready for the step. Parameters without state yet are left out."""
         parameters = list(parameters)
         with record_function("HiFT::wait_for_state"):
-            self._wait_incoming()
-            self._resident |= self._incoming.states
-            self._incoming = _InFlight({}, None)
+            self._receive()
             late = [p for p in parameters if p in self._store and p not in self._resident]
             if late:
                 self._fetch(late)
-                self._wait_incoming()
-                self._resident |= self._incoming.states
-                self._incoming = _InFlight({}, None)
+                self._receive()
         return {p: self._resident[p] for p in parameters if p in self._resident}
 
     def give(self, states: dict[nn.Parameter, State]) -> None:
@@ -206,6 +202,12 @@ class StateOffloader:
                     for key, value in self._store[p].items():
                         _zip_slots(value, states[p][key], _copy_to_device)
                 self._incoming = _InFlight(states, self._fetch_stream.record_event())
+
+    def _receive(self) -> None:
+        """Make what was fetched part of what is on the device."""
+        self._wait_incoming()
+        self._resident |= self._incoming.states
+        self._incoming = _InFlight({}, None)
 
     def _wait_incoming(self) -> None:
         if self._incoming.event is not None:
