@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hift.attach import attach_engines
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
-from lightning_hift.engine import HiFTEngine, attach_engines
+from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
@@ -156,11 +158,20 @@ class HiFTCallback(Callback):
             frozen=self.frozen,
             always_active=self.always_active,
             seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            make_offloader=getattr(strategy, "make_offloader", lambda: StateOffloader(strategy.root_device)),
             advance_on_step=False,
+            **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),
         )
         self._running = True
         self._hold_learning_rates(trainer)
+
+    def _engine_options(self, strategy: Any) -> dict[str, Any]:
+        """Without ``HiFTStrategy`` the weights are rounded before masters could be taken from them."""
+        if isinstance(strategy.precision_plugin, HalfPrecision):
+            rank_zero_warn(
+                f"precision={strategy.precision_plugin.precision!r} rounds each update to 16 bits; small updates are"
+                " lost. Use strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
+            )
+        return {"make_offloader": lambda: StateOffloader(strategy.root_device), "master_weights": "none"}
 
     def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
         if self.hold_lr == "off":
@@ -310,6 +321,7 @@ class HiFTCallback(Callback):
             "sweep": engine.sweep,
             "state_bytes_device": engine.offloader.device_bytes,
             "state_bytes_host": engine.offloader.host_bytes,
+            "exposed_transfer_ms": engine.offloader.exposed_ms(),
         }
         for name, value in values.items():
             # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.

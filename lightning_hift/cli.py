@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
+from lightning_hift.attach import attach_engines
 from lightning_hift.callback import HiFTCallback, describe_groups
-from lightning_hift.engine import attach_engines
 from lightning_hift.offload import StateOffloader
 
 

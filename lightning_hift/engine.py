@@ -16,23 +16,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.fingerprint import cast_state, check_fingerprint, make_fingerprint
-from lightning_hift.grouping import (
-    LayerGroup,
-    LayerUnit,
-    find_layer_units,
-    group_units,
-    select_parameters,
-    select_units,
-)
+from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.lending import Lender
+from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.proof import FirstSweepProof, SweepReport
-from lightning_hift.schedule import Order, SweepSchedule, check_order
+from lightning_hift.row_slices import Piece, cut_into_turns, split_state, steps_element_wise
+from lightning_hift.schedule import SweepSchedule
+from lightning_hift.state_tree import State
 
 _REFUSED = {
     torch.optim.LBFGS: "it steps on one flat vector of all parameters and reruns its closure",
     torch.optim.SparseAdam: "it takes sparse gradients only, which layer groups of dense parameters do not have",
 }
+ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
+_ALWAYS = "always"  # owner of the counters of always-active units
 
 
 class HiFTEngine:
@@ -54,9 +53,16 @@ class HiFTEngine:
         advance_on_step: Start with the first group now, and hand over to the next one after each ``optimizer.step``.
             Without it, the caller announces each step by ``announce_step`` and switches groups by ``activate``.
         held_back: Parameters that were frozen for this run and become trainable again on ``close``.
+        master_weights: For weights in 16 bits: ``"full"`` keeps float32 masters (4 bytes a parameter), ``"split"`` the
+            16-bit remainders of bfloat16 weights (2 bytes, the same result), ``"none"`` rounds every update to 16 bits;
+            ``"auto"`` splits bfloat16 and keeps full masters of float16.
+        weights_dtype: Round the weights to this dtype now, after masters were taken from them.
+        max_group_numel: Step larger groups in slices of rows with at most so many elements, so that the device holds
+            the state of one slice only. For optimizers that work element by element.
 
     Raises:
-        ValueError: The groups do not hold the optimizer's trainable parameters exactly.
+        ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
+            that have none, or slices for an optimizer that does not work element by element.
         TypeError: The optimizer cannot step one group at a time.
         RuntimeError: The optimizer is already under another engine.
     """
@@ -70,6 +76,9 @@ class HiFTEngine:
         offloader: StateOffloader | None = None,
         advance_on_step: bool = True,
         held_back: Sequence[nn.Parameter] = (),
+        master_weights: MasterWeights = "auto",
+        weights_dtype: torch.dtype | None = None,
+        max_group_numel: int | None = None,
     ) -> None:
         for refused, reason in _REFUSED.items():
             if isinstance(optimizer, refused):
@@ -88,29 +97,41 @@ class HiFTEngine:
         self._advance_on_step = advance_on_step
         self._held_back = tuple(held_back)
         self._check_ownership()
+        self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
+        self._fixed = [Piece(p, p) for unit in self.always_active for p in unit.parameters.values()]
+        self._pieces: dict[nn.Parameter, list[Piece]] = {}
+        for piece in (*(piece for turns in self._turns for turn in turns for piece in turn), *self._fixed):
+            self._pieces.setdefault(piece.parameter, []).append(piece)
+        self._group_index = {p: group.index for group in self.groups for p in group.parameters.values()}
+        self._check_slicing(max_group_numel, weights_dtype)
+        dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
+        masters = resolve_master_weights(master_weights, dtypes)
 
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
+        self._lender = Lender(optimizer, self.offloader, masters)
         self._active_group = self.groups[schedule.group_at(0)]
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
-        self._state_lent = False
         self._closed = False
         self._proof: FirstSweepProof | None = FirstSweepProof(self.parameters)
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
-        self._num_owned = len(_parameters_of(optimizer))
+        self._counters_on_load: list[Any] = []
+        self._num_owned = len(parameters_of(optimizer))
 
         self._take_over_from(getattr(optimizer, "_hift_engine", None))
         self._adopt_state()
+        for pieces in (*([p for turn in turns for p in turn] for turns in self._turns), self._fixed):
+            self._lender.make_masters(pieces, weights_dtype)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._complete_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._divert_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._restore_all_held),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         if advance_on_step:
             self.activate()
@@ -118,6 +139,8 @@ class HiFTEngine:
     @classmethod
     def attach(cls, model: nn.Module, optimizer: Optimizer, **options: Any) -> HiFTEngine:
         """Attach an engine to the only optimizer of ``model``; see ``attach_engines`` for the options and errors."""
+        from lightning_hift.attach import attach_engines  # which makes engines, and so imports this module
+
         return attach_engines(model, [optimizer], **options)[0]
 
     # --- what is going on ---------------------------------------------------------------------------------------------
@@ -131,6 +154,11 @@ class HiFTEngine:
     def active_parameters(self) -> list[nn.Parameter]:
         """Parameters that train now: those of the active group and of the always-active units."""
         return list(self._active)
+
+    @property
+    def master_weights(self) -> str:
+        """How masters are kept: ``"full"``, ``"split"`` or ``"none"``."""
+        return self._lender.master_weights
 
     @property
     def sweep(self) -> int:
@@ -168,10 +196,11 @@ class HiFTEngine:
             else:
                 p.requires_grad_(True)
         self._step_counted = False
-        self.offloader.hold(self._active)
+        self._lender.cancel()
+        self._hold(self._turns_at(self.step)[0])
 
     def _check_unchanged(self) -> None:
-        if len(_parameters_of(self.optimizer)) != self._num_owned:
+        if len(parameters_of(self.optimizer)) != self._num_owned:
             raise RuntimeError(
                 "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
                 " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
@@ -220,6 +249,20 @@ class HiFTEngine:
             " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
         )
 
+    def prepare_step(self) -> None:
+        """Put the active group's float32 masters in the place of its 16-bit weights, and float32 gradients likewise.
+
+        ``optimizer.step`` does so by itself. Call it before, once backward is done, to clip in full precision; a group
+        that is stepped in slices stays in 16 bits until then. Without masters it does nothing.
+        """
+        turns = self._turns_at(self.step - self._step_counted)
+        if not self._closed:
+            self._lender.prepare([*(turns[0] if len(turns) == 1 else ()), *self._fixed])
+
+    def cancel_step(self) -> None:
+        """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
+        self._lender.cancel()
+
     def close(self) -> None:
         """End the run: all state to the host, ``requires_grad`` as it was before. The optimizer stays usable.
 
@@ -231,8 +274,11 @@ class HiFTEngine:
         self._closed = True
         for p in (*self.parameters.values(), *self._held_back):
             p.requires_grad_(True)
-        self._return_lent_state()
+        if self._lender.is_lent:
+            self._lender.take_back(self._active_group.index)
+        self._lender.cancel()
         self.offloader.release_all()
+        self.offloader.remove_files()
 
     # --- hooks of the optimizer ---------------------------------------------------------------------------------------
 
@@ -243,20 +289,20 @@ class HiFTEngine:
         # args[0] is the optimizer itself; a closure runs forward and backward inside step.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._lend_state()
+            self._lend_all()
             return None
 
         def closure_then_state() -> Any:
             result = closure()
-            self._lend_state()
+            self._lend_all()
             return result
 
         if len(args) > 1:
             return (args[0], closure_then_state, *args[2:]), kwargs
         return args, {**kwargs, "closure": closure_then_state}
 
-    def _lend_state(self) -> None:
-        if self._state_lent:
+    def _lend_all(self) -> None:
+        if self._lender.is_lent:
             return
         if self._advance_on_step:
             self.check_gradients()
@@ -267,18 +313,34 @@ class HiFTEngine:
                 " count. In training_step, step what self.optimizers() returns (without use_pl_optimizer=False), and"
                 " nowhere else."
             )
+        self.prepare_step()
+        # All but the last are stepped here; the step that is under way then does the last one.
+        rounds: list[tuple[int | str, list[Piece]]] = [(_ALWAYS, self._fixed)] if self._fixed else []
+        turns = self._turns_at(self.step - 1)
+        rounds += [(self._active_group.index, turn) for turn in turns]
+        for owner, turn in rounds[:-1]:
+            self._lend(owner, turn)
+            _bare_step(self.optimizer)
+            self._take_back(owner, keep_options=turn is self._fixed)
+            if turn is not self._fixed:
+                self._hold(turns[turns.index(turn) + 1])
+        self._lend(*rounds[-1])
+
+    def _lend(self, owner: int | str, pieces: list[Piece]) -> None:
+        now = {piece.parameter for piece in pieces}
+        self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now])
         if self._proof is not None and self.step <= self.schedule.steps_per_sweep:
-            self._proof.before_step(self._active)
-        for p, state in self.offloader.take(self._active).items():
-            self.optimizer.state[p] = state
-        self._state_lent = True
+            self._proof.before_step(pieces)
+
+    def _take_back(self, owner: int | str, keep_options: bool = True) -> None:
+        if self._proof is not None:
+            self._proof.after_step()
+        self._lender.take_back(owner, keep_options)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed:
             return
-        if self._proof is not None:
-            self._proof.after_step()
-        self._return_lent_state()
+        self._take_back(self._active_group.index)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
         # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
@@ -288,18 +350,15 @@ class HiFTEngine:
         if self._advance_on_step:
             self.activate()
         else:
-            self.offloader.hold(self._parameters_at(self.step))
+            self._hold(self._turns_at(self.step)[0])
 
-    def _return_lent_state(self) -> None:
-        state = self.optimizer.state
-        taken = {p: state.pop(p) for p in list(state) if isinstance(p, nn.Parameter)}
-        # Reading optimizer.state[p] makes an empty entry, which must not take the place of the state that is kept.
-        self.offloader.give({p: values for p, values in taken.items() if values})
-        self._state_lent = False
+    def _hold(self, turn: list[Piece]) -> None:
+        self.offloader.hold([piece.handle for piece in turn], always=[piece.handle for piece in self._fixed])
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.offloader.drain()
-        stored = {i: self.offloader.state_of(p) for i, p in enumerate(_parameters_of(self.optimizer))}
+        owned = dict(enumerate(parameters_of(self.optimizer)))
+        stored = {i: self._lender.state_of(self._pieces_of(p)) for i, p in owned.items()}
         others = {k: v for k, v in state_dict["state"].items() if k not in stored}
         state_dict["state"] = {i: state for i, state in stored.items() if state} | others
         for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
@@ -307,9 +366,13 @@ class HiFTEngine:
                 for key, value in caught_up.items():
                     is_tensor = isinstance(group[key], torch.Tensor)
                     group[key] = torch.full_like(group[key], value) if is_tensor else value
+        saved = {i: self._lender.saved_master(self._pieces_of(p)) for i, p in owned.items()}
+        masters = {i: master for i, master in saved.items() if master is not None}
         state_dict[_CHECKPOINT_KEY] = {
             "step": self.step,
-            "dtypes": [str(p.dtype) for p in _parameters_of(self.optimizer)],
+            "dtypes": [str(torch.float32 if i in masters else p.dtype) for i, p in owned.items()],
+            "masters": masters,
+            "counters": self._lender.options.state_dict(),
             "held": [s.held_state() for s in self.held_schedulers],
             **self._fingerprint(),
         }
@@ -324,22 +387,29 @@ class HiFTEngine:
         rest = dict(state_dict["state"])
         # Without a word about the weights that the state was made for, float state is cast to the weights, as in torch.
         dtypes = iter(position["dtypes"] if position is not None else [None] * self._num_owned)
+        masters = position["masters"] if position is not None else {}
+        kept: dict[nn.Parameter, State] = {}
+        index = 0
         self.offloader.clear()
         for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for saved_id, p in zip(saved_group["params"], group["params"], strict=True):
-                dtype = next(dtypes)
-                if saved_id in rest:
-                    state = cast_state(rest.pop(saved_id), dtype, p.dtype)
-                    self.offloader.put(p, state, _keys_on_host(saved_group))
+                state = cast_state(rest.pop(saved_id, {}), next(dtypes), self._lender.dtype_of(p))
+                for piece in self._pieces_of(p):
+                    master = self._lender.restored_master(piece, masters.get(index))
+                    kept[piece.handle] = split_state(state, piece) | master
+                index += 1
+        self._put(kept, saved_groups)
         self.step = position["step"] if position is not None else 0
         self._active_group = self.groups[self.schedule.group_at(self.step)]
         self._held_on_load = (self.step, position["held"]) if position is not None else None
+        self._counters_on_load = position["counters"] if position is not None else []
         self._proof = None
         if self._active and not self._closed:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
 
-    def _restore_all_held(self, optimizer: Optimizer) -> None:
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._lender.options.load_state_dict(self._counters_on_load)
         for scheduler in self.held_schedulers:
             self.restore_held(scheduler)
 
@@ -353,13 +423,19 @@ class HiFTEngine:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
+    def _turns_at(self, step: int) -> list[list[Piece]]:
+        return self._turns[self.schedule.group_at(step)]
+
+    def _pieces_of(self, p: nn.Parameter) -> list[Piece]:
+        return self._pieces.get(p) or [Piece(p, p)]
+
     def _parameters_at(self, step: int) -> list[nn.Parameter]:
         units = (*self.groups[self.schedule.group_at(step)].units, *self.always_active)
         return [p for unit in units for p in unit.parameters.values()]
 
     def _check_ownership(self) -> None:
         grouped = {id(p): name for name, p in self.parameters.items()}
-        owned = {id(p): p for p in _parameters_of(self.optimizer)}
+        owned = {id(p): p for p in parameters_of(self.optimizer)}
         strangers = [p for i, p in owned.items() if p.requires_grad and i not in grouped]
         if strangers:
             raise ValueError(
@@ -369,15 +445,33 @@ class HiFTEngine:
             )
         orphans = [name for i, name in grouped.items() if i not in owned]
         if orphans:
-            raise ValueError(f"No optimizer holds the parameters {orphans[:8]} of the layer groups. {_ORPHAN_REMEDY}")
+            raise ValueError(f"No optimizer holds the parameters {orphans[:8]} of the layer groups. {ORPHAN_REMEDY}")
 
     def _adopt_state(self) -> None:
         """Move state that exists already, from the optimizer's constructor or an earlier run, out of the optimizer."""
         state = self.optimizer.state
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if p in state:
-                    self.offloader.put(p, state.pop(p), _keys_on_host(group))
+        existing = {p: state.pop(p) for p in parameters_of(self.optimizer) if p in state}
+        self._put(
+            {
+                piece.handle: split_state(values, piece)
+                for p, values in existing.items()
+                for piece in self._pieces_of(p)
+            },
+            self.optimizer.param_groups,
+        )
+
+    def _put(self, states: Mapping[nn.Parameter, State], options: Sequence[Mapping[str, Any]]) -> None:
+        """Keep ``states``, those of one layer group side by side. ``options``: the param_groups that they come from."""
+        on_host: dict[nn.Parameter, tuple[str, ...]] = {}
+        for group, saved in zip(self.optimizer.param_groups, options, strict=True):
+            on_host |= {p: _keys_on_host(saved) for p in group["params"]}
+        together: dict[Any, dict[nn.Parameter, State]] = {}
+        for p, stays in on_host.items():
+            for piece in self._pieces_of(p):
+                if values := states.get(piece.handle):
+                    together.setdefault((self._group_index.get(p), stays), {})[piece.handle] = values
+        for (_, stays), values in together.items():
+            self.offloader.put(values, stays)
 
     def _take_over_from(self, other: HiFTEngine | None) -> None:
         if other is None:
@@ -391,6 +485,23 @@ class HiFTEngine:
         if other._fingerprint() == self._fingerprint():
             self.step, self._proof = other.step, None
 
+    def _check_slicing(self, max_group_numel: int | None, weights_dtype: torch.dtype | None) -> None:
+        if max_group_numel is not None and max_group_numel < 1:
+            raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
+        sliced = [group for group, turns in zip(self.groups, self._turns, strict=True) if len(turns) > 1]
+        if sliced and not steps_element_wise(self.optimizer):
+            largest = max(sliced, key=lambda group: group.numel)
+            raise ValueError(
+                f"Got max_group_numel={max_group_numel:,}, and group {largest.name} has {largest.numel:,} elements, but"
+                f" {type(self.optimizer).__name__} does not compute the same for slices as for the whole."
+                " Use an element-wise optimizer, such as torch.optim.AdamW, or leave max_group_numel out."
+            )
+        if sliced and weights_dtype == torch.float16:
+            raise ValueError(
+                f"Got max_group_numel={max_group_numel:,} with float16 weights. Their gradients must be unscaled as a"
+                " whole in 32 bits, which slices are there to avoid. Use precision='bf16-true', or leave it out."
+            )
+
     def _fingerprint(self) -> dict[str, Any]:
         return make_fingerprint(self.schedule, self.groups, self.always_active)
 
@@ -401,8 +512,9 @@ class HiFTEngine:
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if state := self.offloader.state_of(p):
+                if state := self._lender.state_of(self._pieces_of(p)):
                     stays = _keys_on_host(group) if to_device else state.keys()
+                    state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
                     self.optimizer.state[p] = {
                         k: v.to(p.device) if isinstance(v, torch.Tensor) and k not in stays else v
                         for k, v in state.items()
@@ -410,108 +522,15 @@ class HiFTEngine:
         self.offloader.clear()
 
 
-_ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
-
-
-def attach_engines(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    *,
-    group_size: int = 1,
-    order: Order = "bottom2up",
-    reshuffle: bool = False,
-    steps_per_group: int = 1,
-    units: Sequence[str | Sequence[str]] | None = None,
-    frozen: Sequence[str] | None = None,
-    always_active: Sequence[str] | None = None,
-    seed: int = 0,
-    make_offloader: Callable[[], StateOffloader] | None = None,
-    advance_on_step: bool = True,
-) -> list[HiFTEngine]:
-    """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
-
-    Args:
-        model: The module that owns the parameters.
-        optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
-        group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
-            gradients and state on the device.
-        order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
-        reshuffle: Draw a new random order for each sweep.
-        steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of state.
-        units: Module-path patterns instead of the automatic search; see ``find_layer_units``.
-        frozen: Module-path patterns of parameters that must not train until ``close``.
-        always_active: Patterns of units that train at every step. Their gradients and state never leave the device, and
-            a low one makes every backward pass a deep one.
-        seed: Seed of the random order.
-        make_offloader: Builds the keeper of one optimizer's state; default: host memory.
-        advance_on_step: See ``HiFTEngine``.
-
-    Raises:
-        ValueError: An argument is out of range; a pattern matches nothing, or something twice; a trainable parameter is
-            in no optimizer, or in two.
-        TypeError: An optimizer cannot step one group at a time.
-        RuntimeError: An optimizer is already under another engine.
-    """
-    check_order(order, reshuffle)
-    units = [units] if isinstance(units, str) else units
-    frozen = [frozen] if isinstance(frozen, str) else frozen
-    always_active = [always_active] if isinstance(always_active, str) else always_active
-    held_back = list(select_parameters(model, frozen).values()) if frozen else []
-    engines: list[HiFTEngine] = []
-    for p in held_back:
-        p.requires_grad_(False)
-    try:
-        check_coverage(model, optimizers)
-        found = []
-        for optimizer in optimizers:
-            found.append(find_layer_units(model, units, parameters=_parameters_of(optimizer)))
-        always = select_units([u for part in found for u in part], always_active) if always_active else []
-        for optimizer, part in zip(optimizers, found, strict=True):
-            rotating = [unit for unit in part if unit not in always]
-            if not rotating:
-                raise ValueError(
-                    "always_active matches every layer unit, which leaves nothing to rotate. That is full fine-tuning:"
-                    f" use group_size={len(part)} for it."
-                )
-            groups = group_units(rotating, group_size)
-            schedule = SweepSchedule(len(groups), order, reshuffle, steps_per_group, seed)
-            fixed = [unit for unit in part if unit in always]
-            offloader = make_offloader() if make_offloader else None
-            engines.append(HiFTEngine(optimizer, groups, schedule, fixed, offloader, advance_on_step, held_back))
-    except BaseException:
-        for engine in engines:
-            engine.close()
-        for p in held_back:
-            p.requires_grad_(True)
-        raise
-    return engines
-
-
-def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse trainable parameters that no optimizer, or more than one, holds.
-
-    Raises:
-        ValueError: There are such parameters.
-    """
-    owners: dict[int, int] = {}
-    for optimizer in optimizers:
-        for i in {id(p) for p in _parameters_of(optimizer)}:
-            owners[i] = owners.get(i, 0) + 1
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    orphans = [name for name, p in trainable if id(p) not in owners]
-    if orphans:
-        raise ValueError(f"No optimizer holds the trainable parameters {orphans[:8]}. {_ORPHAN_REMEDY}")
-    shared = [name for name, p in trainable if owners[id(p)] > 1]
-    if shared:
-        raise ValueError(
-            f"More than one optimizer holds the parameters {shared[:8]}, so no single schedule can decide when they"
-            " train. Give each parameter to one optimizer."
-        )
-
-
-def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """All parameters of ``optimizer``; a place in this list is an index in its ``state_dict``."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _bare_step(optimizer: Optimizer) -> None:
+    """One step without the hooks around it."""
+    step = type(optimizer).step
+    getattr(step, "__wrapped__", step)(optimizer)
 
 
 def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,53 +1,48 @@
-"""Where the optimizer state of each parameter lives, and the copies that move it.
+"""Where the optimizer state of each parameter lives: on the device while its group is stepped, elsewhere otherwise.
 
-Note [Streams]
-    State is needed on the device only while its group is stepped, so it is fetched and released during the rest of the
-    batch, on two side streams that run beside the compute stream (the current one) and beside each other:
-
-        compute   ... step(g0) | forward, backward of g1 ............ | step(g1) | ...
-        release                |-- g0: device to host --|
-        fetch                  |-- g1: host to device --|
-
-    Four waits make this safe. Each is an event, so the host never blocks on the step path:
-      1. the fetch stream waits for the compute stream before it writes into memory that the allocator has just handed
-         out, because kernels queued earlier may still use that memory;
-      2. the fetch stream waits for a release of the same parameter, or it would read a half-written host copy;
-      3. the compute stream waits for the fetch before the step, or the step would read a half-written device copy;
-      4. the compute stream waits for the last release before its device tensors are freed, or the allocator could hand
-         their memory out while it is still being read.
-    A host copy may be read by the host (for a checkpoint) only after ``drain``.
-
-Where host and device are the same memory (training on a CPU) the same calls hand tensors over without copying them.
+Where host and device are the same memory (training on a CPU) tensors are handed over without being copied.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-Offload = Literal["host", "none"]
-State = dict[Any, Any]
+from lightning_hift.host_memory import HostMemory
+from lightning_hift.state_tree import FlatState, State, count_bytes, flatten_state
+from lightning_hift.transfers import DeviceSlot, Transfers, slot_bytes
+
+Offload = Literal["host", "disk", "none"]
+Owner = nn.Parameter  # a parameter, or a slice of one
 
 
 @dataclass
-class _Slot:
+class _Place:
     """A tensor's place on the host. ``moves`` is false for what stays there during the step, such as step counters."""
 
     host: Tensor
     moves: bool
 
 
-class _InFlight(NamedTuple):
-    """Device tensors that a side stream is writing or reading, with the event that ends it."""
+class _Kept(NamedTuple):
+    places: dict[tuple[Any, int], _Place]  # by the labels of FlatState
+    rebuild: Callable[[list[Tensor]], State]
 
-    states: dict[nn.Parameter, State]
+    def moving(self) -> list[Tensor]:
+        return [place.host for place in self.places.values() if place.moves]
+
+
+class _InFlight(NamedTuple):
+    """Device tensors that are being copied, with the event that ends it."""
+
+    states: dict[Owner, State]
     event: Any
 
 
@@ -56,15 +51,18 @@ class StateOffloader:
 
     Args:
         device: Where the parameters live while they are stepped.
-        offload: ``"host"`` keeps the state of inactive parameters in host memory; ``"none"`` leaves it on the device.
-        prefetch: Fetch the next group's state while the batch before it is still computing. Costs a second group's
-            state on the device for that time; without it each step waits for its copy.
-        pin_memory: Use page-locked host memory, without which copies block the host. Ignored on a CPU.
+        offload: ``"host"`` keeps the state of inactive parameters in host memory, ``"disk"`` in memory-mapped files;
+            ``"none"`` leaves it on the device.
+        prefetch: Fetch the next group's state while the batch before it is still computing. Without it each step waits
+            for its copies both ways, but the state is not on the device beside the activations.
+        pin_memory: Use page-locked host memory, without which copies are slow. Ignored on a CPU and on disk.
+        directory: For ``"disk"``: where to put the files. They are deleted by ``remove_files``, or with this object.
         device_module: Streams and events; default ``torch.get_device_module(device)``.
         always_copy: Copy even where host and device are the same memory. Only useful in tests.
 
     Raises:
-        ValueError: ``offload`` is unknown.
+        ValueError: ``offload`` is unknown, or does not go with ``directory``.
+        OSError: ``directory`` does not exist or cannot be written to.
     """
 
     def __init__(
@@ -73,261 +71,291 @@ class StateOffloader:
         offload: Offload = "host",
         prefetch: bool = True,
         pin_memory: bool = True,
+        directory: str | os.PathLike[str] | None = None,
         device_module: Any = None,
         always_copy: bool = False,
     ) -> None:
-        if offload not in get_args(Offload):
-            raise ValueError(f"Got offload={offload!r}; choose one of {', '.join(map(repr, get_args(Offload)))}.")
+        check_offload(offload, directory)
         self.device = torch.device(device)
         self.offload = offload
         self.prefetch = prefetch
-        self._copies = always_copy or self.device.type != "cpu"
-        self._pin_memory = pin_memory and self.device.type == "cuda"
-        self._streams = device_module or torch.get_device_module(self.device)
+        on_gpu = self.device.type == "cuda"
+        self._memory = HostMemory(pin_memory and on_gpu, directory)
+        self._transfers: Transfers | None = None
         # Without streams (Apple's GPUs) host and device share their memory anyway.
-        self._copies = self._copies and hasattr(self._streams, "Stream")
-        if self._copies:
-            self._fetch_stream = self._streams.Stream(device=self.device)
-            self._release_stream = self._streams.Stream(device=self.device)
-        self._store: dict[nn.Parameter, State] = {}  # leaves are _Slot
-        self._resident: dict[nn.Parameter, State] = {}  # on the device, newer than the store
+        if (always_copy or self.device.type != "cpu") and hasattr(
+            device_module or torch.get_device_module(self.device), "Stream"
+        ):
+            host_takes_part = offload == "disk" or (on_gpu and not pin_memory)
+            self._transfers = Transfers(self.device, host_takes_part, device_module)
+        self._store: dict[Owner, _Kept] = {}
+        self._resident: dict[Owner, State] = {}  # on the device, newer than the store
         self._incoming = _InFlight({}, None)  # on the device, equal to the store
         self._outgoing = _InFlight({}, None)
-        self._nbytes: dict[nn.Parameter, int] = {}
+        self._always: frozenset[Owner] = frozenset()
+        self._in_slot: set[Owner] = set()
+        self._largest_turn = 0  # bytes of the largest set of owners that has come and gone
+
+    # --- what there is ------------------------------------------------------------------------------------------------
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of optimizer state on the device: active, being fetched and being released.
+        """Bytes of optimizer state on the device: the slot, and what lies outside it.
 
         Where nothing is copied, it is what would be there.
         """
-        places = (self._resident, self._incoming.states, self._outgoing.states)
-        return sum(self._nbytes[p] for place in places for p in place)
+        if self._transfers is None:
+            return sum(count_bytes(state) for state in (self._resident | self._incoming.states).values())
+        slot = self._transfers.slot
+        sizes = {} if slot is None else {slot.memory.data_ptr(): slot.nbytes}
+        for place in (self._resident, self._incoming.states, self._outgoing.states):
+            for tensor in (t for state in place.values() for t in flatten_state(state).tensors):
+                if tensor.device.type == self.device.type:
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of optimizer state that have a place in host memory."""
-        return sum(self._nbytes.get(p, 0) for p in self._store)
+        """Bytes of optimizer state that have a place in host memory, or on disk."""
+        return sum(
+            place.host.numel() * place.host.element_size()
+            for kept in self._store.values()
+            for place in kept.places.values()
+        )
 
-    def put(self, parameter: nn.Parameter, state: State, stays_on_host: Collection[Any] = ()) -> None:
-        """Take over ``state`` (from a checkpoint or an optimizer's constructor) by copying it to the host.
+    def exposed_ms(self) -> float:
+        """Milliseconds for which the last known step had to wait for state. Does not wait for the device."""
+        return 0.0 if self._transfers is None else self._transfers.exposed_ms()
+
+    def state_of(self, owner: Owner) -> State:
+        """Current state of ``owner`` without copying it. Call ``drain`` first."""
+        if owner in self._resident:
+            return self._resident[owner]
+        kept = self._store.get(owner)
+        return {} if kept is None else kept.rebuild([place.host for place in kept.places.values()])
+
+    # --- the course of a step -----------------------------------------------------------------------------------------
+
+    def put(self, states: Mapping[Owner, State], stays_on_host: Collection[Any] = ()) -> None:
+        """Take over ``states`` (from a checkpoint or an optimizer's constructor) by copying them to the host.
 
         Args:
-            parameter: The owner of the state.
-            state: Tensors and plain values, nested or not, on any device. Dtypes are kept.
+            states: For each owner, tensors and plain values, nested or not, on any device. Dtypes are kept.
             stays_on_host: Keys of tensors that are never moved to the device.
+
+        Raises:
+            OSError: The disk is full.
         """
-        self._store[parameter] = {
-            key: _map_tensors(value, partial(self._host_slot, moves=key not in stays_on_host))
-            for key, value in state.items()
-        }
-        self._nbytes[parameter] = _nbytes(state)
+        flat = {owner: flatten_state(state) for owner, state in states.items()}
+        hosts = iter(self._host_like([tensor for each in flat.values() for tensor in each.tensors]))
+        for owner, (tensors, labels, rebuild) in flat.items():
+            places = {label: _Place(next(hosts), label[0] not in stays_on_host) for label in labels}
+            for place, tensor in zip(places.values(), tensors, strict=True):
+                place.host.copy_(tensor)
+            self._store[owner] = _Kept(places, rebuild)
+            self._resident.pop(owner, None)
 
     def clear(self) -> None:
         """Forget all state."""
         self.drain()
-        if self._incoming.event is not None:
-            self._incoming.event.synchronize()
-        self._incoming = _InFlight({}, None)
+        self._drop_incoming()
         self._store.clear()
         self._resident.clear()
+        self._in_slot.clear()
 
-    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make ``parameters`` those whose state is on the device: release what leaves, fetch what arrives."""
-        staying = set(parameters)
-        leaving = [] if self.offload == "none" else [p for p in self._resident if p not in staying]
-        if leaving:
-            self._release(leaving)
-        if not staying.issuperset(self._incoming.states):
-            self._wait_incoming()
-            self._incoming = _InFlight({}, None)
-        arriving = [
-            p for p in staying if p in self._store and p not in self._resident and p not in self._incoming.states
-        ]
-        if arriving and self.prefetch and not self._incoming.states:
+    def hold(self, owners: Iterable[Owner], always: Iterable[Owner] = ()) -> None:
+        """Make ``owners`` those whose state is on the device: release what leaves, fetch what arrives.
+
+        Args:
+            owners: What will be stepped next.
+            always: What is to stay on the device from now on.
+
+        Raises:
+            OSError: The disk is full. The state that should have gone there still is on the device.
+        """
+        self._always = frozenset(always)
+        staying = [*owners, *self._always]
+        if self.offload != "none":
+            self._release([owner for owner in self._resident if owner not in set(staying)])
+        if not set(staying).issuperset(self._incoming.states):
+            self._drop_incoming()
+        if not self.prefetch:
+            self._settle()
+            if self._transfers is not None and not self._in_slot:
+                self._transfers.slot = None
+        elif not self._incoming.states and (arriving := self._missing(staying)):
             self._fetch(arriving)
 
-    def take(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, State]:
-        """States of ``parameters`` on the device, ready for the step. Parameters without state yet are left out."""
-        parameters = list(parameters)
-        with record_function("HiFT::wait_for_state"):
+    def take(self, owners: Iterable[Owner]) -> dict[Owner, State]:
+        """States of ``owners`` on the device, ready for the step. Owners without state yet are left out."""
+        owners = list(owners)
+        measured = nullcontext() if self._transfers is None else self._transfers.measure_exposed()
+        with record_function("HiFT::wait_for_state"), measured:
+            self._settle()  # the step may need the memory for state that it makes
             self._receive()
-            late = [p for p in parameters if p in self._store and p not in self._resident]
-            if late:
+            if late := self._missing(owners):
                 self._fetch(late)
                 self._receive()
-        return {p: self._resident[p] for p in parameters if p in self._resident}
+        return {owner: self._resident[owner] for owner in owners if owner in self._resident}
 
-    def give(self, states: dict[nn.Parameter, State]) -> None:
+    def give(self, states: Mapping[Owner, State]) -> None:
         """Take back the states that the step has changed. They stay on the device until ``hold`` lets them go."""
-        for parameter, state in states.items():
-            self._resident[parameter] = state
-            self._nbytes[parameter] = _nbytes(state)
+        self._resident |= states
 
     def release_all(self) -> None:
-        """Bring everything to the host and free the device, whatever ``offload`` says."""
-        self._wait_incoming()
-        self._incoming = _InFlight({}, None)
-        if self._resident:
+        """Bring everything to the host and free the device, whatever ``offload`` says.
+
+        What a full disk does not take goes to host memory.
+        """
+        self._drop_incoming()
+        try:
+            self._release(list(self._resident))
+        except OSError:
+            self._memory = HostMemory()
             self._release(list(self._resident))
         self.drain()
+        if self._transfers is not None:
+            self._transfers.slot = None
 
     def drain(self) -> None:
         """Block the host until the copies to it have finished, so that it may read them."""
-        if self._outgoing.event is not None:
-            self._outgoing.event.synchronize()
+        if self._transfers is not None:
+            self._transfers.block(self._outgoing.event)
         self._settle()
 
-    def state_of(self, parameter: nn.Parameter) -> State:
-        """Current state of ``parameter`` without copying it. Call ``drain`` first."""
-        if parameter in self._resident:
-            return self._resident[parameter]
-        return {k: _map_slots(v, lambda slot: slot.host) for k, v in self._store.get(parameter, {}).items()}
+    def remove_files(self) -> None:
+        """Delete the files of ``"disk"``. The state stays readable, and its space in use, until this object goes."""
+        self._memory.remove_files()
 
-    # --- copies -------------------------------------------------------------------------------------------------------
+    # --- moves --------------------------------------------------------------------------------------------------------
 
-    def _fetch(self, parameters: list[nn.Parameter]) -> None:
+    def _missing(self, owners: Iterable[Owner]) -> list[Owner]:
+        return [o for o in owners if o in self._store and o not in self._resident and o not in self._incoming.states]
+
+    def _fetch(self, owners: list[Owner]) -> None:
         with record_function("HiFT::fetch"):
-            # Allocated on the compute stream: there the memory is used and freed.
-            states = {p: {k: _map_slots(v, self._device_place) for k, v in self._store[p].items()} for p in parameters}
-            if not self._copies:
-                self._incoming = _InFlight(states, None)
+            kept = {owner: self._store[owner] for owner in owners}
+            if self._transfers is None:
+                hosts = {owner: [place.host for place in each.places.values()] for owner, each in kept.items()}
+                self._incoming = _InFlight({owner: each.rebuild(hosts[owner]) for owner, each in kept.items()}, None)
                 return
-            allocated = self._streams.current_stream(self.device).record_event()
-            with self._streams.stream(self._fetch_stream):
-                self._fetch_stream.wait_event(allocated)  # Note [Streams] 1
-                if not self._outgoing.states.keys().isdisjoint(parameters):
-                    self._fetch_stream.wait_event(self._outgoing.event)  # Note [Streams] 2
-                for p in parameters:
-                    for key, value in self._store[p].items():
-                        _zip_slots(value, states[p][key], _copy_to_device)
-                self._incoming = _InFlight(states, self._fetch_stream.record_event())
+            # Allocated on the compute stream: there the memory is used and freed.
+            device = self._device_memory(kept, self._transfers)
+            states = {}
+            for owner, each in kept.items():
+                arriving = iter(device[owner])
+                states[owner] = each.rebuild([next(arriving) if p.moves else p.host for p in each.places.values()])
+            pairs = [pair for o, each in kept.items() for pair in zip(each.moving(), device[o], strict=True)]
+            written = self._outgoing.event if not self._outgoing.states.keys().isdisjoint(owners) else None
+            self._incoming = _InFlight(states, self._transfers.load(pairs, after=written))
+
+    def _device_memory(self, kept: Mapping[Owner, _Kept], transfers: Transfers) -> dict[Owner, list[Tensor]]:
+        """Device memory for what moves: in the slot for what comes and goes, outside it for what stays."""
+        passing = [owner for owner in kept if self.offload != "none" and owner not in self._always]
+        like = [tensor for owner in passing for tensor in kept[owner].moving()]
+        self._largest_turn = max(self._largest_turn, slot_bytes(like))
+        if self._in_slot or transfers.slot is None or transfers.slot.nbytes < slot_bytes(like):
+            transfers.slot = None
+            transfers.slot = DeviceSlot(self._largest_turn, self.device)
+        self._in_slot = set(passing)
+        cut = iter(transfers.slot.cut(like))
+        return {
+            owner: [
+                next(cut) if owner in self._in_slot else torch.empty_like(t, device=self.device) for t in each.moving()
+            ]
+            for owner, each in kept.items()
+        }
 
     def _receive(self) -> None:
         """Make what was fetched part of what is on the device."""
-        self._wait_incoming()
+        self._wait(self._incoming.event)
         self._resident |= self._incoming.states
         self._incoming = _InFlight({}, None)
 
-    def _wait_incoming(self) -> None:
-        if self._incoming.event is not None:
-            self._streams.current_stream(self.device).wait_event(self._incoming.event)  # Note [Streams] 3
+    def _drop_incoming(self) -> None:
+        self._wait(self._incoming.event)
+        self._in_slot -= self._incoming.states.keys()
+        self._incoming = _InFlight({}, None)
 
-    def _release(self, parameters: list[nn.Parameter]) -> None:
+    def _release(self, owners: Sequence[Owner]) -> None:
+        if not owners:
+            return
         with record_function("HiFT::release"):
             self._settle()
-            states = {p: self._resident.pop(p) for p in parameters}
-            for p in parameters:
-                old = self._store.get(p, {})
-                self._store[p] = {k: self._host_place(v, old.get(k)) for k, v in states[p].items()}
-            self._outgoing = _InFlight(states, None)
-            if not self._copies:
-                return
-            stepped = self._streams.current_stream(self.device).record_event()
-            with self._streams.stream(self._release_stream):
-                self._release_stream.wait_event(stepped)  # the step itself must have finished
-                for p in parameters:
-                    for key, value in self._store[p].items():
-                        _zip_slots(value, states[p][key], _copy_to_host)
-                self._outgoing = _InFlight(states, self._release_stream.record_event())
+            flat = {owner: flatten_state(self._resident[owner]) for owner in owners}
+            kept = self._make_places(flat)
+            states = {owner: self._resident.pop(owner) for owner in owners}
+            self._store |= kept
+            self._in_slot -= states.keys()
+            passing = [tensor for o, each in kept.items() if o not in self._always for tensor in each.moving()]
+            self._largest_turn = max(self._largest_turn, slot_bytes(passing))
+            if self._transfers is not None:
+                both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
+                pairs = [(tensor, place.host) for tensor, place in both if place.moves]
+                self._outgoing = _InFlight(states, self._transfers.save(pairs))
 
     def _settle(self) -> None:
         """Let go of the device tensors of the last release."""
-        if self._outgoing.event is not None:
-            self._streams.current_stream(self.device).wait_event(self._outgoing.event)  # Note [Streams] 4
+        self._wait(self._outgoing.event)
         self._outgoing = _InFlight({}, None)
 
-    # --- places -------------------------------------------------------------------------------------------------------
+    def _wait(self, event: Any) -> None:
+        if self._transfers is not None:
+            self._transfers.wait(event)
 
-    def _device_place(self, slot: _Slot) -> Tensor:
-        if not (self._copies and slot.moves):
-            return slot.host
-        return torch.empty_like(slot.host, device=self.device)
+    # --- places on the host -------------------------------------------------------------------------------------------
 
-    def _host_place(self, value: Any, old: Any) -> Any:
-        """A host slot for each tensor of ``value``: the one it had before where the shape still fits."""
-        if isinstance(value, Tensor):
-            stayed = isinstance(old, _Slot) and old.host is value
-            if stayed or not self._copies or value.device.type != self.device.type:
-                return _Slot(value, moves=False)
-            if isinstance(old, _Slot) and old.host.shape == value.shape and old.host.dtype == value.dtype:
-                return _Slot(old.host, moves=True)
-            return _Slot(self._host_empty(value), moves=True)
-        if isinstance(value, dict):
-            return {k: self._host_place(v, old.get(k) if isinstance(old, dict) else None) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            before = old if isinstance(old, (list, tuple)) and len(old) == len(value) else [None] * len(value)
-            return _rebuilt(value, [self._host_place(v, o) for v, o in zip(value, before, strict=True)])
-        return value
+    def _make_places(self, flat: Mapping[Owner, FlatState]) -> dict[Owner, _Kept]:
+        """A place for each tensor: the one it had before where that still fits. Changes nothing if the disk is full."""
+        found: dict[Owner, dict[tuple[Any, int], _Place | None]] = {}
+        homeless: list[tuple[Owner, tuple[Any, int], Tensor]] = []
+        for owner, each in flat.items():
+            before = self._store[owner].places if owner in self._store else {}
+            found[owner] = {}
+            for label, tensor in zip(each.labels, each.tensors, strict=True):
+                place = self._place_of(tensor, before.get(label))
+                if place is None:
+                    homeless.append((owner, label, tensor))
+                found[owner][label] = place
+        new = self._host_like([tensor for *_, tensor in homeless])
+        for (owner, label, tensor), host in zip(homeless, new, strict=True):
+            found[owner][label] = _Place(host, moves=True)
+            if self._transfers is None:
+                host.copy_(tensor)
+        return {
+            owner: _Kept({label: place for label, place in found[owner].items() if place is not None}, each.rebuild)
+            for owner, each in flat.items()
+        }
 
-    def _host_empty(self, like: Tensor) -> Tensor:
-        if self._pin_memory:
-            try:
-                return torch.empty_like(like, device="cpu", pin_memory=True)
-            except RuntimeError as error:
-                self._pin_memory = False
-                warnings.warn(
-                    f"Page-locked host memory was refused ({error}); optimizer state goes to pageable memory, which is"
-                    " slower. Raise the limit (ulimit -l), or pass pin_memory=False to silence this.",
-                    stacklevel=2,
-                )
-        return torch.empty_like(like, device="cpu")
+    def _place_of(self, tensor: Tensor, old: _Place | None) -> _Place | None:
+        """A place that needs no new memory; ``None`` if there is none."""
+        if old is not None and old.host.data_ptr() == tensor.data_ptr() and old.host.shape == tensor.shape:
+            return _Place(tensor, old.moves)
+        if self._transfers is None:
+            return None if self.offload == "disk" else _Place(tensor, moves=True)
+        if tensor.device.type != self.device.type:
+            return _Place(tensor, moves=False)
+        fits = old is not None and old.moves and old.host.shape == tensor.shape and old.host.dtype == tensor.dtype
+        return old if fits else None
 
-    def _host_slot(self, tensor: Tensor, moves: bool) -> _Slot:
-        return _Slot(self._host_empty(tensor).copy_(tensor.detach()), moves)
-
-
-def _copy_to_device(slot: _Slot, device_tensor: Tensor) -> None:
-    if slot.moves:
-        device_tensor.copy_(slot.host, non_blocking=True)
-
-
-def _copy_to_host(slot: _Slot, device_tensor: Tensor) -> None:
-    if slot.moves:
-        slot.host.copy_(device_tensor, non_blocking=True)
+    def _host_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host memory with the shapes and dtypes of ``tensors``, and their strides where those leave no gaps."""
+        flats = self._memory.allocate(tensors)
+        strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]
+        return [f.as_strided(t.shape, stride) for f, t, stride in zip(flats, tensors, strides, strict=True)]
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    return _map(value, Tensor, change)
+def check_offload(offload: str, directory: str | os.PathLike[str] | None = None) -> None:
+    """Refuse an unknown tier, or one that does not go with ``directory``.
 
-
-def _map_slots(value: Any, change: Callable[[_Slot], Any]) -> Any:
-    return _map(value, _Slot, change)
-
-
-def _map(value: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
-    """``value`` with ``change`` applied to every ``leaf`` inside its dicts, lists and tuples."""
-    if isinstance(value, leaf):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: _map(v, leaf, change) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return _rebuilt(value, [_map(v, leaf, change) for v in value])
-    return value
-
-
-def _rebuilt(value: Any, items: list[Any]) -> Any:
-    """``items`` in a list or tuple of the same class as ``value``."""
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-
-def _zip_slots(slots: Any, values: Any, act: Callable[[_Slot, Tensor], None]) -> None:
-    if isinstance(slots, _Slot):
-        act(slots, values)
-    elif isinstance(slots, dict):
-        for key, slot in slots.items():
-            _zip_slots(slot, values[key], act)
-    elif isinstance(slots, (list, tuple)):
-        for slot, value in zip(slots, values, strict=True):
-            _zip_slots(slot, value, act)
-
-
-def _nbytes(value: Any) -> int:
-    total = 0
-
-    def add(tensor: Tensor) -> None:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-
-    _map_tensors(value, add)
-    return total
+    Raises:
+        ValueError: As said.
+    """
+    if offload not in get_args(Offload):
+        raise ValueError(f"Got offload={offload!r}; choose one of {', '.join(map(repr, get_args(Offload)))}.")
+    if (offload == "disk") != (directory is not None):
+        raise ValueError(
+            f"Got offload={offload!r} with {'no directory' if directory is None else f'the directory {directory}'}."
+            " offload='disk' needs a directory for its files, on a fast disk; the others take none."
+        )

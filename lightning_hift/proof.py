@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_hift.row_slices import Piece
+
 
 class SweepReport(NamedTuple):
     """What the first sweep did.
@@ -37,23 +39,23 @@ class FirstSweepProof:
         self._parameters = {name: p for name, p in parameters.items() if p.numel() > 0}
         self._stepped: set[nn.Parameter] = set()
         self._with_gradient: set[nn.Parameter] = set()
-        self._before: dict[nn.Parameter, Tensor] = {}
+        self._before: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         self._moved: dict[nn.Parameter, Tensor] = {}
 
-    def before_step(self, active: Iterable[nn.Parameter]) -> None:
-        """Note which of the active parameters have a gradient, and their checksums."""
-        for p in active:
-            self._stepped.add(p)
-            if p.grad is not None and p.numel() > 0:
-                self._with_gradient.add(p)
-                self._before[p] = _checksum(p)
+    def before_step(self, pieces: Iterable[Piece]) -> None:
+        """Note which of the pieces have a gradient, and their checksums."""
+        for piece in pieces:
+            self._stepped.add(piece.parameter)
+            if piece.handle.grad is not None and piece.handle.numel() > 0:
+                self._with_gradient.add(piece.parameter)
+                self._before.append((piece.parameter, piece.handle, _checksum(piece.handle)))
 
     def after_step(self) -> None:
         """Compare the checksums with those taken before the step."""
-        for p, before in self._before.items():
-            moved = (_checksum(p) != before).any()
+        for p, handle, before in self._before:
+            moved = (_checksum(handle) != before).any()
             self._moved[p] = self._moved[p] | moved if p in self._moved else moved
-        self._before = {}
+        self._before = []
 
     def report(self) -> SweepReport:
         """The result; waits for the device."""

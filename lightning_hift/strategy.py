@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -20,7 +20,9 @@ from typing_extensions import override
 
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.engine import HiFTEngine
-from lightning_hift.offload import Offload, StateOffloader
+from lightning_hift.master_weights import MasterWeights, check_master_weights
+from lightning_hift.offload import Offload, StateOffloader, check_offload
+from lightning_hift.precision import HiFTPrecision
 
 
 class HiFTStrategy(SingleDeviceStrategy):
@@ -33,15 +35,23 @@ class HiFTStrategy(SingleDeviceStrategy):
     Args:
         device: ``"auto"`` takes the Trainer's one device.
         accelerator: As in Lightning.
-        offload: ``"host"`` keeps the optimizer state of inactive groups in host memory, ``"none"`` on the device.
-        prefetch: Fetch the next group's state while the batch is computed; costs one more group's state on the device.
-        pin_memory: Page-locked host memory, without which copies to and from a GPU block the host.
-        master_weights: ``"auto"``: none, which is exact in 32 bits and in mixed precision.
+        offload: ``"host"`` keeps optimizer state of inactive groups in host memory, ``"disk"`` in memory-mapped
+            files (some thousand tokens per step hide the disk, and it wears: see ``lightning-hift plan``), ``"none"``
+            on the device.
+        offload_directory: For ``"disk"``: an existing directory on a fast disk. The files are deleted after ``fit``.
+        prefetch: Fetch the next group's state while the batch is computed. Without it each step waits for its copies,
+            but the state does not take device memory beside the activations.
+        pin_memory: Page-locked host memory, without which copies to and from a GPU are slow.
+        master_weights: With ``precision="bf16-true"`` or ``"16-true"``: ``"full"`` keeps float32 masters on the host (4
+            bytes a parameter), ``"split"`` only what bfloat16 weights lack of them (2 bytes, the same result),
+            ``"none"`` rounds every update to 16 bits. ``"auto"``: ``"split"`` for bfloat16, ``"full"`` for float16.
+        max_group_numel: Step larger layer groups in slices of so many elements, so that a huge embedding does not
+            decide how much state the device must hold. For element-wise optimizers such as AdamW.
         checkpoint_io: As in Lightning; default: ``StreamingCheckpointIO``.
         precision_plugin: As in Lightning.
 
     Raises:
-        ValueError: ``offload`` or ``master_weights`` is unknown.
+        ValueError: ``offload`` or ``master_weights`` is unknown; ``offload_directory`` is missing, or given in vain.
     """
 
     strategy_name = "hift"
@@ -51,25 +61,28 @@ class HiFTStrategy(SingleDeviceStrategy):
         device: str = "auto",
         accelerator: Accelerator | None = None,
         offload: Offload = "host",
+        offload_directory: str | None = None,
         prefetch: bool = True,
         pin_memory: bool = True,
-        master_weights: Literal["auto", "none"] = "auto",
+        master_weights: MasterWeights = "auto",
+        max_group_numel: int | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_offload(offload, offload_directory)
+        check_master_weights(master_weights)
+        self.offload: Offload = offload
+        self.offload_directory = offload_directory
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        self.master_weights: MasterWeights = master_weights
+        self.max_group_numel = max_group_numel
         super().__init__(
             "cpu" if device == "auto" else device,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        if master_weights not in ("auto", "none"):
-            raise ValueError(f"Got master_weights={master_weights!r}; choose 'auto' or 'none'.")
-        StateOffloader("cpu", offload)  # refuses an unknown tier now rather than in fit
-        self.offload: Offload = offload
-        self.prefetch = prefetch
-        self.pin_memory = pin_memory
-        self.master_weights = master_weights
         self._device_is_auto = device == "auto"
         self._hift: HiFTCallback | None = None
 
@@ -87,9 +100,30 @@ class HiFTStrategy(SingleDeviceStrategy):
         if devices and self._device_is_auto:
             self._root_device = devices[0]
 
-    def make_offloader(self) -> StateOffloader:
-        """A keeper for the state of one optimizer, as this strategy was told to keep it."""
-        return StateOffloader(self.root_device, self.offload, self.prefetch, self.pin_memory)
+    @property
+    def precision_plugin(self) -> Precision:
+        """Lightning's; for weights in 16 bits one that keeps their masters."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if type(plugin) is HalfPrecision and self.master_weights != "none":
+            plugin = HiFTPrecision(plugin.precision)
+        self._precision_plugin = plugin
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """How the engines of this strategy keep state and masters, as arguments of ``attach_engines``."""
+        plugin = self.precision_plugin
+        return {
+            "make_offloader": self._make_offloader,
+            "master_weights": self.master_weights,
+            "weights_dtype": plugin.weights_dtype if isinstance(plugin, HiFTPrecision) else None,
+            "max_group_numel": self.max_group_numel,
+        }
+
+    def _make_offloader(self) -> StateOffloader:
+        return StateOffloader(self.root_device, self.offload, self.prefetch, self.pin_memory, self.offload_directory)
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
@@ -103,16 +137,25 @@ class HiFTStrategy(SingleDeviceStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.model)
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            self._warn_about_half_precision()
+        takes_masters = isinstance(self.precision_plugin, HiFTPrecision)
+        if not takes_masters:
+            self.model = self.precision_plugin.convert_module(self.model)
+        if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._hift = self._callback(trainer)
             self._hift.attach(trainer)
+        if takes_masters:  # from the weights as they were, layer by layer; only then is the rest rounded
+            self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
+
+    @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        # On the host: the whole model in 32 bits, or all state of a new optimizer, may not fit on the device.
+        with torch.device("cpu"), self.precision_plugin.tensor_init_context():
+            yield
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -141,10 +184,3 @@ class HiFTStrategy(SingleDeviceStrategy):
 
     def _callback(self, trainer: pl.Trainer) -> HiFTCallback:
         return next(c for c in trainer.callbacks if isinstance(c, HiFTCallback))  # type: ignore[attr-defined]
-
-    def _warn_about_half_precision(self) -> None:
-        if self.master_weights == "auto" and isinstance(self.precision_plugin, HalfPrecision):
-            rank_zero_warn(
-                f"precision={self.precision_plugin.precision!r} rounds each update to 16 bits; small updates are lost."
-                " Use '32-true' or 'bf16-mixed', or master_weights='none' to silence this."
-            )

@@ -8,8 +8,9 @@ copies without having waited for the compute stream.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,48 +19,103 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LaggingEvent:
-    def __init__(self, stream: LaggingStream, position: int) -> None:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.stream: LaggingStream | None = None
+        self._position = 0
+        self._copies_before = 0
+
+    def record(self, stream: LaggingStream) -> None:
         self.stream = stream
-        self._position = position
+        self._position = stream.length
+        self._copies_before = stream.device.copies_done
+
+    @property
+    def has_happened(self) -> bool:
+        return self.stream is None or self.stream.has_done(self._position)
 
     def synchronize(self) -> None:
+        """The host waits."""
+        assert self.stream is not None
+        self.stream.device.host_waits += 1
         self.stream.run_until(self._position)
+
+    def happen(self) -> None:
+        """A stream waits."""
+        assert self.stream is not None
+        self.stream.run_until(self._position)
+
+    def query(self) -> bool:
+        return self.has_happened
+
+    def elapsed_time(self, end: LaggingEvent) -> float:
+        """Takes every copy to last a millisecond, all of it waited for."""
+        return float(end._copies_before - self._copies_before)
 
 
 class LaggingStream:
-    def __init__(self, name: str, ignores: Callable[[str, str], bool]) -> None:
+    def __init__(self, name: str, device: LaggingDevice) -> None:
         self.name = name
-        self._ignores = ignores
+        self.device = device
         self._queue: list[Callable[[], None]] = []
         self._done = 0
+        self._waits: dict[int, LaggingEvent] = {}
         self.waited_for_compute = False
 
+    @property
+    def length(self) -> int:
+        return len(self._queue)
+
+    def has_done(self, position: int) -> bool:
+        return self._done >= position
+
     def record_event(self) -> LaggingEvent:
-        return LaggingEvent(self, len(self._queue))
+        event = LaggingEvent()
+        event.record(self)
+        return event
 
     def wait_event(self, event: LaggingEvent) -> None:
-        if self._ignores(self.name, event.stream.name):
+        assert event.stream is not None
+        if self.device.ignores(self.name, event.stream.name):
             return
         if event.stream.name == "compute":
             self.waited_for_compute = True
         elif self.name == "compute":
-            event.synchronize()
+            event.happen()
         else:
-            self._queue.append(event.synchronize)
+            self._waits[len(self._queue)] = event
+            self._queue.append(event.happen)
 
     def add_copy(self, destination: Tensor, source: Tensor) -> None:
         if not self.waited_for_compute:
             raise AssertionError(f"The {self.name} stream copies without having waited for the compute stream.")
-        to, from_ = weakref.ref(destination), weakref.ref(source)
+        to, from_ = weakref.ref(destination.untyped_storage()), weakref.ref(source.untyped_storage())
+        # Views of the same memory, which do not keep it alive.
+        target_of, origin_of = _reopened(destination), _reopened(source)
 
-        def copy() -> None:
+        def alive() -> tuple[Tensor, Tensor]:
             target, origin = to(), from_()
             if target is None or origin is None:
                 raise AssertionError(f"Memory was freed while the {self.name} stream was still copying.")
-            target.copy_(origin)
+            return target_of(target), origin_of(origin)
 
-        destination.fill_(torch.nan if destination.is_floating_point() else 77)
+        def poison() -> None:
+            target, _ = alive()
+            target.fill_(torch.nan if target.is_floating_point() else 77)
+
+        def copy() -> None:
+            target, origin = alive()
+            target.copy_(origin)
+            self.device.copies_done += 1
+
+        # As early as its waits allow, the destination is overwritten; as late as they allow, it gets its values.
+        free = all(event.has_happened for at, event in self._waits.items() if at >= self._done)
+        if free:
+            poison()
+        else:
+            self._queue.append(poison)
         self._queue.append(copy)
+        if free and self.name in self.device.eager:
+            self.run_until(self.length)
 
     def run_until(self, position: int) -> None:
         while self._done < position:
@@ -67,30 +123,46 @@ class LaggingStream:
             self._queue[self._done - 1]()
 
 
-class LaggingDevice:
-    """Stands in for ``torch.cuda``. ``ignores(waiting, awaited)`` drops waits between streams of those names."""
+def _reopened(tensor: Tensor) -> Callable[[torch.UntypedStorage], Tensor]:
+    dtype, offset, size, stride = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
+    return lambda storage: torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
 
-    def __init__(self, ignores: Callable[[str, str], bool] = lambda waiting, awaited: False) -> None:
-        self._ignores = ignores
-        self._names = iter(["fetch", "release"])
-        self._current = LaggingStream("compute", ignores)
+
+class LaggingDevice:
+    """Stands in for ``torch.cuda``. ``ignores(waiting, awaited)`` drops waits between streams of those names.
+
+    The streams named in ``eager`` copy as early as their waits allow, not as late.
+    """
+
+    Event = LaggingEvent
+
+    def __init__(
+        self, ignores: Callable[[str, str], bool] = lambda waiting, awaited: False, eager: Collection[str] = ()
+    ) -> None:
+        self.ignores = ignores
+        self.eager = eager
+        self._names = iter(["load", "save"])
+        self._compute = LaggingStream("compute", self)
+        self._local = threading.local()
         self.copies = 0
+        self.copies_done = 0
+        self.host_waits = 0
 
     def Stream(self, device: torch.device) -> LaggingStream:
-        return LaggingStream(next(self._names), self._ignores)
+        return LaggingStream(next(self._names), self)
 
     def current_stream(self, device: torch.device) -> LaggingStream:
-        return self._current
+        return getattr(self._local, "stream", self._compute)
 
     @contextmanager
     def stream(self, stream: LaggingStream) -> Iterator[None]:
-        before, self._current = self._current, stream
+        before, self._local.stream = self.current_stream(torch.device("cpu")), stream
         stream.waited_for_compute = False
         try:
             with _Deferring(self, stream):
                 yield
         finally:
-            self._current = before
+            self._local.stream = before
 
 
 class _Deferring(TorchDispatchMode):

@@ -13,12 +13,13 @@ def parameter(value=0.0):
     return nn.Parameter(torch.full((3,), value))
 
 
-def lagging(ignores=lambda waiting, awaited: False, **options):
-    return StateOffloader("cpu", device_module=LaggingDevice(ignores), always_copy=True, **options)
+def lagging(ignores=lambda waiting, awaited: False, eager=(), **options):
+    return StateOffloader("cpu", device_module=LaggingDevice(ignores, eager), always_copy=True, **options)
 
 
 def give_and_leave(offloader, states):
     """A step whose group then leaves the device."""
+    offloader.take(states)
     offloader.give(states)
     offloader.hold([])
 
@@ -121,7 +122,7 @@ def test_put_copies_and_keeps_named_tensors_on_the_host():
     device = LaggingDevice()
     offloader, p = StateOffloader("cpu", device_module=device, always_copy=True), parameter()
     given = torch.ones(3)
-    offloader.put(p, {"step": torch.tensor(1.0), "m": given}, stays_on_host=("step",))
+    offloader.put({p: {"step": torch.tensor(1.0), "m": given}}, stays_on_host=("step",))
     given.zero_()
     taken = offloader.take([p])[p]
     assert device.copies == 1
@@ -129,7 +130,7 @@ def test_put_copies_and_keeps_named_tensors_on_the_host():
 
 
 def test_unknown_tier():
-    with pytest.raises(ValueError, match="offload='cloud'; choose one of 'host', 'none'"):
+    with pytest.raises(ValueError, match="offload='cloud'; choose one of 'host', 'disk', 'none'"):
         StateOffloader("cpu", "cloud")
 
 
@@ -153,31 +154,47 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("eager", [(), ("load",), ("save",), ("load", "save")], ids=str)
+@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_all_waits_in_place(repeats):
-    assert same(steps_on(StateOffloader("cpu"), repeats=repeats), steps_on(lagging(), repeats=repeats))
+def test_all_waits_in_place(repeats, prefetch, eager):
+    copied = steps_on(lagging(eager=eager, prefetch=prefetch), 12, repeats)
+    assert same(steps_on(StateOffloader("cpu"), 12, repeats), copied)
 
 
 def test_missing_wait_of_the_step_for_the_fetch_is_noticed():
-    forgetful = lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "fetch"))
+    forgetful = lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "load"))
     assert not same(steps_on(StateOffloader("cpu")), steps_on(forgetful))
 
 
-def test_missing_wait_of_the_fetch_for_the_release_is_noticed():
-    # Only a group that is stepped again at once is fetched while it is still being released.
-    forgetful = lagging(lambda waiting, awaited: (waiting, awaited) == ("fetch", "release"))
-    assert not same(steps_on(StateOffloader("cpu"), repeats=2), steps_on(forgetful, repeats=2))
+LOADS_WITHOUT_WAITING_FOR_SAVES = lambda waiting, awaited: (waiting, awaited) == ("load", "save")  # noqa: E731
 
 
-@pytest.mark.parametrize("side", ["fetch", "release"])
+def test_missing_wait_before_writing_where_a_chunk_is_still_to_be_saved_is_noticed():
+    assert not same(steps_on(StateOffloader("cpu")), steps_on(lagging(LOADS_WITHOUT_WAITING_FOR_SAVES)))
+
+
+def test_missing_wait_before_loading_what_is_still_being_saved_is_noticed():
+    def there_and_back(offloader):
+        p = parameter()
+        give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+        offloader.hold([p])
+        return offloader.take([p])[p]["m"].tolist()
+
+    assert there_and_back(lagging()) == [1, 1, 1]
+    assert there_and_back(lagging(eager=["load"])) == [1, 1, 1]
+    assert there_and_back(lagging(LOADS_WITHOUT_WAITING_FOR_SAVES, eager=["load"])) != [1, 1, 1]
+
+
+@pytest.mark.parametrize("side", ["load", "save"])
 def test_missing_wait_of_a_copy_for_the_compute_stream_is_noticed(side):
     with pytest.raises(AssertionError, match=f"The {side} stream copies without having waited"):
         steps_on(lagging(lambda waiting, awaited: (waiting, awaited) == (side, "compute")))
 
 
 def test_missing_wait_before_freeing_is_noticed():
-    with pytest.raises(AssertionError, match="Memory was freed while the release stream"):
-        steps_on(lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "release")))
+    with pytest.raises(AssertionError, match="Memory was freed while the save stream"):
+        steps_on(lagging(lambda waiting, awaited: (waiting, awaited) == ("compute", "save")))
 
 
 def test_missing_drain_before_a_checkpoint_is_noticed(monkeypatch):

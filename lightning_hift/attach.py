@@ -1,0 +1,129 @@
+"""From a model and its optimizers to one engine for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine, parameters_of
+from lightning_hift.grouping import find_layer_units, group_units, select_parameters, select_units
+from lightning_hift.master_weights import MasterWeights
+from lightning_hift.offload import StateOffloader
+from lightning_hift.schedule import Order, SweepSchedule, check_order
+
+
+def attach_engines(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    group_size: int = 1,
+    order: Order = "bottom2up",
+    reshuffle: bool = False,
+    steps_per_group: int = 1,
+    units: Sequence[str | Sequence[str]] | None = None,
+    frozen: Sequence[str] | None = None,
+    always_active: Sequence[str] | None = None,
+    seed: int = 0,
+    make_offloader: Callable[[], StateOffloader] | None = None,
+    advance_on_step: bool = True,
+    master_weights: MasterWeights = "auto",
+    weights_dtype: torch.dtype | None = None,
+    max_group_numel: int | None = None,
+) -> list[HiFTEngine]:
+    """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
+
+    Args:
+        model: The module that owns the parameters.
+        optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
+        group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
+            gradients and state on the device.
+        order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
+        reshuffle: Draw a new random order for each sweep.
+        steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of state.
+        units: Module-path patterns instead of the automatic search; see ``find_layer_units``.
+        frozen: Module-path patterns of parameters that must not train until ``close``.
+        always_active: Patterns of units that train at every step. Their gradients and state never leave the device, and
+            a low one makes every backward pass a deep one.
+        seed: Seed of the random order.
+        make_offloader: Builds the keeper of one optimizer's state; default: host memory.
+        advance_on_step: See ``HiFTEngine``.
+        master_weights: See ``HiFTEngine``.
+        weights_dtype: See ``HiFTEngine``.
+        max_group_numel: See ``HiFTEngine``.
+
+    Raises:
+        ValueError: An argument is out of range; a pattern matches nothing, or something twice; a trainable parameter is
+            in no optimizer, or in two.
+        TypeError: An optimizer cannot step one group at a time.
+        RuntimeError: An optimizer is already under another engine.
+    """
+    check_order(order, reshuffle)
+    units = [units] if isinstance(units, str) else units
+    frozen = [frozen] if isinstance(frozen, str) else frozen
+    always_active = [always_active] if isinstance(always_active, str) else always_active
+    held_back = list(select_parameters(model, frozen).values()) if frozen else []
+    engines: list[HiFTEngine] = []
+    for p in held_back:
+        p.requires_grad_(False)
+    try:
+        check_coverage(model, optimizers)
+        found = []
+        for optimizer in optimizers:
+            found.append(find_layer_units(model, units, parameters=parameters_of(optimizer)))
+        always = select_units([u for part in found for u in part], always_active) if always_active else []
+        for optimizer, part in zip(optimizers, found, strict=True):
+            rotating = [unit for unit in part if unit not in always]
+            if not rotating:
+                raise ValueError(
+                    "always_active matches every layer unit, which leaves nothing to rotate. That is full fine-tuning:"
+                    f" use group_size={len(part)} for it."
+                )
+            groups = group_units(rotating, group_size)
+            schedule = SweepSchedule(len(groups), order, reshuffle, steps_per_group, seed)
+            fixed = [unit for unit in part if unit in always]
+            offloader = make_offloader() if make_offloader else None
+            engine = HiFTEngine(
+                optimizer,
+                groups,
+                schedule,
+                fixed,
+                offloader,
+                advance_on_step,
+                held_back,
+                master_weights,
+                weights_dtype,
+                max_group_numel,
+            )
+            engines.append(engine)
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        for p in held_back:
+            p.requires_grad_(True)
+        raise
+    return engines
+
+
+def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse trainable parameters that no optimizer, or more than one, holds.
+
+    Raises:
+        ValueError: There are such parameters.
+    """
+    owners: dict[int, int] = {}
+    for optimizer in optimizers:
+        for i in {id(p) for p in parameters_of(optimizer)}:
+            owners[i] = owners.get(i, 0) + 1
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    orphans = [name for name, p in trainable if id(p) not in owners]
+    if orphans:
+        raise ValueError(f"No optimizer holds the trainable parameters {orphans[:8]}. {ORPHAN_REMEDY}")
+    shared = [name for name, p in trainable if owners[id(p)] > 1]
+    if shared:
+        raise ValueError(
+            f"More than one optimizer holds the parameters {shared[:8]}, so no single schedule can decide when they"
+            " train. Give each parameter to one optimizer."
+        )

@@ -1,0 +1,158 @@
+"""Host memory of exactly the size that is asked for: page-locked, ordinary, or mapped from files in a directory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = "hift-state-"
+
+
+class HostMemory:
+    """Gives out tensors that lie side by side, so that many of them are page-locked, or written to disk, at once.
+
+    torch's own page-locked memory comes in powers of two: 2.4 GB of state would take 4.3 GB. Here only the last page of
+    each allocation is padding.
+
+    Args:
+        pin: Page-lock the memory. If the system refuses, there is one warning, and all is pageable from then on.
+        directory: Map files in a new folder of this directory instead. It needs as much free space as is asked for.
+
+    Raises:
+        NotADirectoryError: ``directory`` is no directory.
+        PermissionError: It cannot be written to.
+    """
+
+    def __init__(self, pin: bool = False, directory: str | os.PathLike[str] | None = None) -> None:
+        self.pinned = pin and directory is None
+        self.nbytes = 0
+        self._folder: Path | None = None
+        self._files = 0
+        if directory is not None:
+            self._folder = _make_folder(Path(directory))
+            self._remove = weakref.finalize(self, _remove_folder, self._folder, os.getpid())
+
+    def allocate(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """One-dimensional tensors with as many elements, and of the dtypes, of those in ``like``; in their order.
+
+        Raises:
+            OSError: The disk is full. Nothing was allocated.
+        """
+        sizes = [tensor.numel() * tensor.element_size() for tensor in like]
+        memory = self._map(sum(sizes))
+        # Multiples of 16 bytes first, then falling sizes of elements: everything is aligned, and nothing is padded.
+        order = sorted(range(len(like)), key=lambda i: (sizes[i] % 16 != 0, -like[i].element_size()))
+        pieces = dict(zip(order, torch.split(memory, [sizes[i] for i in order]), strict=True))
+        self.nbytes += sum(sizes)
+        return [pieces[i].view(tensor.dtype) for i, tensor in enumerate(like)]
+
+    def remove_files(self) -> None:
+        """Delete the files. What was allocated stays valid, and its space in use, as long as tensors refer to it."""
+        if self._folder is not None:
+            self._remove()
+
+    def _map(self, nbytes: int) -> Tensor:
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._folder is not None:
+            return torch.frombuffer(self._map_file(self._folder, nbytes), dtype=torch.uint8)
+        memory = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        if self.pinned:
+            try:
+                page_lock(memory)
+            except RuntimeError as error:
+                self.pinned = False
+                warnings.warn(
+                    f"Page-locked host memory was refused ({error}). Optimizer state goes to pageable memory, and"
+                    " copies are slower. Raise the limit (ulimit -l), or pass pin_memory=False to silence this.",
+                    stacklevel=2,
+                )
+        return memory
+
+    def _map_file(self, folder: Path, nbytes: int) -> mmap.mmap:
+        folder.mkdir(exist_ok=True)  # after remove_files
+        path = folder / f"{self._files}.bin"
+        self._files += 1
+        try:
+            with path.open("w+b") as file:
+                # Space that is not reserved would be missed only when it is written to, by a crash of the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                else:
+                    file.truncate(nbytes)
+                return mmap.mmap(file.fileno(), nbytes)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            free = shutil.disk_usage(folder).free
+            raise OSError(
+                error.errno,
+                f"Could not reserve {nbytes:,} bytes for optimizer state in {folder} ({error.strerror}; {free:,} bytes"
+                " are free). The state is safe in memory. Free some space, or name another directory.",
+            ) from error
+
+
+def page_lock(memory: Tensor) -> None:
+    """Page-lock a tensor's memory for as long as it exists.
+
+    Raises:
+        RuntimeError: CUDA refused.
+    """
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = memory.data_ptr()
+    result = cudart.cudaHostRegister(address, memory.numel(), 0)
+    if int(result) != 0:
+        _forget_last_error()
+        raise RuntimeError(cudart.cudaGetErrorString(result))
+    weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
+
+
+def _forget_last_error() -> None:
+    """CUDA remembers a failed call, and torch would report it at the next kernel, which has nothing to do with it."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def _make_folder(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is no directory. Create it, or name one that exists.")
+    _remove_leftovers(directory)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=directory))
+    except OSError as error:
+        raise PermissionError(
+            error.errno, f"Cannot write to {directory} ({error.strerror}). Name a directory that can be written to."
+        ) from error
+
+
+def _remove_folder(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked worker that ends
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what killed processes have left there."""
+    for folder in directory.glob(f"{_FOLDER}*-*"):
+        process = folder.name.removeprefix(_FOLDER).split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it exists, and is someone else's
+    return True

@@ -1,0 +1,235 @@
+"""Lends the optimizer, for the length of one step, what that step needs, and takes it back.
+
+That is the state of the pieces to be stepped, their own counters, and, with weights in 16 bits, their 32-bit masters in
+place of the weights. Between steps the optimizer holds nothing that other code could move, cast or save by halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.master_weights import HALF_DTYPES, join_master, split_master, store_master
+from lightning_hift.offload import StateOffloader
+from lightning_hift.row_slices import Piece, join_states
+from lightning_hift.state_tree import State
+from lightning_hift.stepped_options import SteppedOptions
+
+# Kept beside the optimizer's own state, under keys that no optimizer uses.
+_MASTER = "hift_master"  # float32
+_REMAINDER = "hift_remainder"  # int16
+_OURS = (_MASTER, _REMAINDER)
+
+
+class Lender:
+    """Hands state, counters and master weights to an optimizer and takes them back.
+
+    Args:
+        optimizer: Whom to lend to.
+        offloader: Where state and masters are kept.
+        master_weights: How masters of weights in 16 bits are kept, if at all.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, offloader: StateOffloader, master_weights: Literal["full", "split", "none"]
+    ) -> None:
+        self.master_weights = master_weights
+        self.options = SteppedOptions(optimizer)
+        self._optimizer = optimizer
+        self._offloader = offloader
+        self._pieces: list[Piece] = []  # on loan
+        self._kept: dict[nn.Parameter, State] = {}  # by handle: what the optimizer does not get to see
+        self._live: dict[nn.Parameter, Tensor] = {}  # by handle: the weights that stand aside for their masters
+        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self._replaced: list[tuple[list[Any], int, nn.Parameter]] = []
+        self._versions: dict[nn.Parameter, int] = {}
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the optimizer has something on loan."""
+        return bool(self._pieces)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, pieces: Iterable[Piece]) -> None:
+        """Put masters in the place of weights, and float32 gradients in that of theirs, where there are masters."""
+        if self.master_weights == "none" or self._live:
+            return
+        pieces = list(pieces)
+        bags = self._offloader.take([piece.handle for piece in pieces])
+        for piece in pieces:
+            self._raise_precision(piece, bags.get(piece.handle, {}))
+
+    def lend(self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter] = ()) -> None:
+        """Hand over all that a step of ``pieces`` needs.
+
+        Args:
+            pieces: What is to be stepped.
+            owner: Whose counters to use.
+            hide: Parameters that must not be stepped now although they have a gradient.
+        """
+        for p in hide:
+            if p.grad is not None:
+                self._hidden.append((p, p.grad))
+                p.grad = None
+        bags = self._offloader.take([piece.handle for piece in pieces])
+        for piece in pieces:
+            bag = dict(bags.get(piece.handle, {}))
+            if not piece.is_whole:
+                self._put_in_place(piece)
+            if piece.handle not in self._live:
+                self._raise_precision(piece, bag)
+            self._kept[piece.handle] = {key: bag.pop(key) for key in _OURS if key in bag}
+            if bag:
+                self._optimizer.state[piece.handle] = bag
+        self._pieces = list(pieces)
+        self.options.enter(owner)
+
+    def take_back(self, owner: Hashable, keep_options: bool = True) -> None:
+        """Take back what ``lend`` has handed over, changed or not."""
+        self.options.leave(owner, keep_options)
+        for entries, index, p in self._replaced:
+            entries[index] = p
+        for p, gradient in self._hidden:
+            p.grad = gradient
+        self._replaced, self._hidden = [], []
+        # Reading optimizer.state[p] makes an empty entry, which must not take the place of the state that is kept.
+        state = self._optimizer.state
+        taken = {p: values for p in list(state) if isinstance(p, nn.Parameter) and (values := state.pop(p))}
+        for piece in self._pieces:
+            kept = self._kept.pop(piece.handle)
+            if piece.handle in self._live:
+                self._lower_precision(piece, kept)
+            elif not piece.is_whole:
+                self._put_back(piece)
+            if kept:
+                taken[piece.handle] = {**taken.get(piece.handle, {}), **kept}
+        self._pieces = []
+        self._offloader.give(taken)
+
+    def cancel(self) -> None:
+        """Undo ``prepare``: the step will not take place, and its gradients are dropped."""
+        for handle, live in self._live.items():
+            handle.grad = None
+            handle.data = live
+        self._live = {}
+
+    # --- slices -------------------------------------------------------------------------------------------------------
+
+    def _put_in_place(self, piece: Piece) -> None:
+        """Let the optimizer see a slice where it has its parameter."""
+        p, handle = piece.parameter, piece.handle
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(
+                f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which cannot be cut into rows. Use a"
+                " dense one (sparse=False), or a larger max_group_numel."
+            )
+        handle.grad = None
+        handle.data = piece.rows_of(p.detach())
+        handle.grad = None if p.grad is None else piece.rows_of(p.grad)
+        for entries in (group["params"] for group in self._optimizer.param_groups):
+            for index, entry in enumerate(entries):
+                if entry is p:
+                    entries[index] = handle
+                    self._replaced.append((entries, index, p))
+
+    def _put_back(self, piece: Piece) -> None:
+        rows = piece.rows_of(piece.parameter.detach())
+        if piece.handle.data_ptr() != rows.data_ptr():  # the optimizer has made new weights
+            rows.copy_(piece.handle.detach())
+        piece.handle.grad = None
+
+    # --- master weights -----------------------------------------------------------------------------------------------
+
+    def make_masters(self, pieces: Sequence[Piece], dtype: torch.dtype | None = None) -> None:
+        """Keep masters of ``pieces``, from their present values.
+
+        Args:
+            pieces: All pieces of some parameters. Those that are not in 16 bits, in the end, get no master.
+            dtype: Round the weights to this dtype now; default: they stay as they are.
+        """
+        if self.master_weights == "none":
+            return
+        bags: dict[nn.Parameter, State] = {}
+        parameters: set[nn.Parameter] = set()
+        for piece in pieces:
+            p = piece.parameter
+            if p.is_floating_point() and (dtype or p.dtype) in HALF_DTYPES:
+                bags[piece.handle] = self._packed(piece.rows_of(p.detach()).float())
+                parameters.add(p)
+        self._offloader.put(bags)
+        for p in parameters:
+            if dtype is not None and p.dtype != dtype:
+                live = torch.empty_like(p, dtype=dtype, requires_grad=False)
+                store_master(p.detach().float(), live)
+                p.data = live
+            self._versions[p] = p._version
+
+    def dtype_of(self, p: nn.Parameter) -> torch.dtype:
+        """The dtype in which ``p`` is stepped."""
+        return torch.float32 if self.master_weights != "none" and p.dtype in HALF_DTYPES else p.dtype
+
+    def saved_master(self, pieces: Sequence[Piece]) -> Tensor | None:
+        """What a checkpoint keeps of the master of the parameter of ``pieces``; ``drain`` the offloader first."""
+        states = [{k: v for k, v in self._offloader.state_of(piece.handle).items() if k in _OURS} for piece in pieces]
+        return next(iter(join_states(states, pieces).values()), None)
+
+    def state_of(self, pieces: Sequence[Piece]) -> State:
+        """The optimizer's own state of the parameter of ``pieces``; ``drain`` the offloader first."""
+        states = [self._offloader.state_of(piece.handle) for piece in pieces]
+        return join_states([{k: v for k, v in state.items() if k not in _OURS} for state in states], pieces)
+
+    def restored_master(self, piece: Piece, saved: Tensor | None) -> State:
+        """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
+
+        The weights must be those of the checkpoint by then, or by the next step at the latest.
+        """
+        p = piece.parameter
+        weight = piece.rows_of(p.detach())
+        if self.master_weights == "none" or p.dtype not in HALF_DTYPES:
+            if saved is not None and p.dtype == torch.float32:  # a run in 16 bits goes on in 32
+                saved = piece.rows_of(saved)
+                weight.copy_(join_master(weight.cpu().bfloat16(), saved) if saved.dtype == torch.int16 else saved)
+            return {}
+        self._versions.pop(p, None)
+        if saved is None:
+            return self._packed(weight.float())
+        saved = piece.rows_of(saved)
+        if saved.dtype == torch.int16:
+            return (
+                {_REMAINDER: saved} if self.master_weights == "split" else {_MASTER: join_master(weight.cpu(), saved)}
+            )
+        return self._packed(saved)
+
+    def _packed(self, master: Tensor) -> State:
+        return {_MASTER: master} if self.master_weights == "full" else {_REMAINDER: split_master(master)[1]}
+
+    def _raise_precision(self, piece: Piece, bag: State) -> None:
+        p, handle = piece.parameter, piece.handle
+        gradient = p.grad if piece.is_whole else handle.grad
+        if gradient is None or bag.keys().isdisjoint(_OURS):
+            return
+        live = piece.rows_of(p.detach())
+        if self._versions.setdefault(p, p._version) != p._version:
+            master = live.float()  # someone has put other weights there: load_state_dict, an average
+            if _MASTER in bag:
+                master = bag[_MASTER].copy_(master)
+        else:
+            master = bag[_MASTER] if _MASTER in bag else join_master(live, bag[_REMAINDER])
+        self._live[handle] = live
+        handle.grad = None
+        handle.data = master
+        handle.grad = gradient.float()
+
+    def _lower_precision(self, piece: Piece, kept: State) -> None:
+        handle, live = piece.handle, self._live.pop(piece.handle)
+        store_master(handle.detach(), live, kept.get(_REMAINDER))
+        if _MASTER in kept:
+            kept[_MASTER] = handle.detach()
+        handle.grad = None
+        handle.data = live
+        self._versions[piece.parameter] = piece.parameter._version

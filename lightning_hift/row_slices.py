@@ -1,0 +1,148 @@
+"""Large parameters in slices of rows, so that the largest group does not decide how much state the device must hold.
+
+An element-wise optimizer computes the same for a slice as for the same rows of the whole, bit for bit. So a group that
+is too large is stepped slice by slice, and only one slice's state is on the device at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.state_tree import State
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What is stepped at once of one parameter.
+
+    Args:
+        parameter: The parameter.
+        handle: What the optimizer gets to see, and the owner of the state: the parameter itself, or a stand-in.
+        start: First row; ``None`` for the whole parameter.
+        stop: Row after the last one.
+    """
+
+    parameter: nn.Parameter
+    handle: nn.Parameter
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the parameter itself."""
+        return self.start is None
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """The rows of ``tensor`` that belong to this piece, as a view."""
+        return tensor if self.is_whole else tensor[self.start : self.stop]
+
+
+def cut_into_turns(parameters: Sequence[nn.Parameter], max_numel: int | None) -> list[list[Piece]]:
+    """Pieces of ``parameters`` in their order, in turns of at most ``max_numel`` elements, or of one row.
+
+    Only what is larger than ``max_numel`` altogether is cut at all.
+    """
+    if max_numel is None or sum(p.numel() for p in parameters) <= max_numel:
+        return [[Piece(p, p) for p in parameters]]
+    turns: list[list[Piece]] = []
+    free = 0
+    for p in parameters:
+        pieces = [Piece(p, p)] if p.numel() <= max_numel else _cut(p, max_numel)
+        for piece in pieces:
+            numel = piece.rows_of(p).numel()
+            if numel > free:
+                turns.append([])
+                free = max(max_numel, numel)
+            turns[-1].append(piece)
+            free -= numel
+    return turns
+
+
+def split_state(state: State, piece: Piece) -> State:
+    """The part of a parameter's ``state`` that belongs to ``piece``; what has no rows is copied."""
+    shape = piece.parameter.shape
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return piece.rows_of(value) if value.shape == shape else value.clone()
+
+    return state if piece.is_whole else {key: part(value) for key, value in state.items()}
+
+
+def join_states(states: Sequence[State], pieces: Sequence[Piece]) -> State:
+    """The state of a parameter from those of its pieces."""
+    if pieces[0].is_whole or not states[0]:
+        return states[0]
+    shape = pieces[0].rows_of(pieces[0].parameter).shape
+
+    def whole(key: Any, value: Any) -> Any:
+        return torch.cat([s[key] for s in states]) if isinstance(value, Tensor) and value.shape == shape else value
+
+    return {key: whole(key, value) for key, value in states[0].items()}
+
+
+def steps_element_wise(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` computes the same for slices as for the whole, found out by a few steps on the CPU."""
+    return all(_steps_element_wise(optimizer, options) for options in optimizer.param_groups)
+
+
+def _cut(parameter: nn.Parameter, max_numel: int) -> list[Piece]:
+    if parameter.dim() == 0:
+        return [Piece(parameter, parameter)]
+    rows = len(parameter)
+    step = max(1, max_numel * rows // parameter.numel())
+    starts = range(0, rows, step)
+    stops = [min(start + step, rows) for start in starts]
+    return [
+        Piece(parameter, nn.Parameter(parameter.detach()[start:stop], requires_grad=False), start, stop)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _steps_element_wise(optimizer: Optimizer, options: Mapping[str, Any]) -> bool:
+    # Large enough for quantized state, which begins at some thousand elements, and slices too small for it.
+    generator = torch.Generator().manual_seed(0)
+    whole = nn.Parameter(torch.randn(128, 128, generator=generator))
+    slices = [nn.Parameter(part.detach().clone()) for part in (whole[:23], whole[23:])]
+    try:
+        one, several = twin_of(optimizer, options, [whole]), twin_of(optimizer, options, slices)
+        for _ in range(5):
+            whole.grad = torch.randn(whole.shape, generator=generator)
+            slices[0].grad, slices[1].grad = whole.grad[:23].clone(), whole.grad[23:].clone()
+            one.step()
+            several.step()
+    except Exception:  # anything may happen in a foreign optimizer; then nothing is known about it
+        return False
+    return torch.equal(whole, torch.cat([*slices]))
+
+
+def twin_of(optimizer: Optimizer, options: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """An optimizer of the same class and with the same ``options`` (one of its ``param_groups``), on the CPU."""
+    kind = type(optimizer)
+    known: dict[str, Any] = {
+        key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in options.items()
+        if key != "params"
+    }
+    known = {key: False if key == "capturable" else value for key, value in known.items()}
+    accepted = inspect.signature(kind.__init__).parameters
+    try:
+        twin = kind(list(parameters), **{key: value for key, value in known.items() if key in accepted})
+    except Exception:  # its constructor takes other arguments than it keeps
+        twin = copy.copy(optimizer)
+        twin._optimizer_step_pre_hooks = OrderedDict()
+        twin._optimizer_step_post_hooks = OrderedDict()
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{}]
+    twin.param_groups[0] = {**known, "params": list(parameters)}
+    return twin
