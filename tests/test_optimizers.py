@@ -177,6 +177,32 @@ def test_several_steps_per_group_from_the_top(name):
     assert_same_weights(model, twin)
 
 
+class Shrinking(torch.optim.AdamW):
+    """Goes on after the step of its base class, as subclasses do. Hooks then run once more inside."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - 0.1 * group["lr"])
+                    self.state[p]["shrunk"] = self.state[p].get("shrunk", 0) + 1
+        return loss
+
+
+@pytest.mark.parametrize("always_active", [[], ["head"]], ids=["rotating", "head_always_active"])
+def test_subclass_that_goes_on_after_the_step_of_its_base(always_active):
+    case, batches = Case(lambda parameters: Shrinking(parameters, lr=0.01)), tokens(STEPS)
+    model = Net()
+    engine = attach(case, model, always_active=always_active)
+    train(model, engine, batches)
+    assert_same_weights(model, train_twin(case, engine, batches))
+    visits = [state["shrunk"] for state in engine.optimizer.state_dict()["state"].values()]
+    assert len(visits) == len(list(model.parameters()))
+    assert max(visits) == (STEPS if always_active else 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchao_AdamW8bit", "torchao_AdamW4bit"])
 def test_compiled_step(name):
