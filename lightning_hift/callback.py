@@ -162,6 +162,7 @@ class HiFTCallback(Callback):
             **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),
         )
         self._running = True
+        strategy.optimizers = strategy.optimizers  # Lightning wraps them anew, with what the engines have changed
         self._hold_learning_rates(trainer)
 
     def _engine_options(self, strategy: Any) -> dict[str, Any]:

@@ -8,7 +8,10 @@ of the step, and keeps all other state out of ``optimizer.state``, where no fore
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,15 +23,13 @@ from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.lending import Lender
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
+from lightning_hift.optimizer_checks import check_counts, check_optimizer, counts_of
 from lightning_hift.proof import FirstSweepProof, SweepReport
+from lightning_hift.optimizer_twin import bare_twin
 from lightning_hift.row_slices import Piece, cut_into_turns, split_state, steps_element_wise
 from lightning_hift.schedule import SweepSchedule
 from lightning_hift.state_tree import State
 
-_REFUSED = {
-    torch.optim.LBFGS: "it steps on one flat vector of all parameters and reruns its closure",
-    torch.optim.SparseAdam: "it takes sparse gradients only, which layer groups of dense parameters do not have",
-}
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
 _ALWAYS = "always"  # owner of the counters of always-active units
@@ -80,12 +81,7 @@ class HiFTEngine:
         weights_dtype: torch.dtype | None = None,
         max_group_numel: int | None = None,
     ) -> None:
-        for refused, reason in _REFUSED.items():
-            if isinstance(optimizer, refused):
-                raise TypeError(
-                    f"{refused.__name__} cannot train one layer group at a time: {reason}. Use an optimizer that steps"
-                    " parameter by parameter, such as torch.optim.AdamW."
-                )
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         self.groups = tuple(groups)
         self.schedule = schedule
@@ -121,11 +117,19 @@ class HiFTEngine:
         self._counters_on_load: list[Any] = []
         self._num_owned = len(parameters_of(optimizer))
 
-        self._take_over_from(getattr(optimizer, "_hift_engine", None))
+        other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
+        inherited = {} if other is None else {p: other._lender.saved_master(other._pieces_of(p)) for p in other._pieces}
+        self._take_over_from(other)
         self._adopt_state()
         for pieces in (*([p for turn in turns for p in turn] for turns in self._turns), self._fixed):
-            self._lender.make_masters(pieces, weights_dtype)
+            self._lender.make_masters(pieces, weights_dtype, inherited)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
+        self._counts: dict[str, Any] = {}
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]  # it may call no hooks
+        for name in ("train", "eval"):  # schedule-free optimizers move all weights between two points
+            if callable(getattr(optimizer, name, None)):
+                setattr(optimizer, name, partial(self._switch, name))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -283,6 +287,8 @@ class HiFTEngine:
     # --- hooks of the optimizer ---------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_nested(optimizer):
+            return None
         if self._closed:
             self._hand_back()
             return None
@@ -325,6 +331,7 @@ class HiFTEngine:
             if turn is not self._fixed:
                 self._hold(turns[turns.index(turn) + 1])
         self._lend(*rounds[-1])
+        self._counts = counts_of(self.optimizer)
 
     def _lend(self, owner: int | str, pieces: list[Piece]) -> None:
         now = {piece.parameter for piece in pieces}
@@ -338,9 +345,10 @@ class HiFTEngine:
         self._lender.take_back(owner, keep_options)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._closed:
+        if self._closed or _is_nested(optimizer):
             return
         self._take_back(self._active_group.index)
+        check_counts(optimizer, self._counts)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
         # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
@@ -408,6 +416,38 @@ class HiFTEngine:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
 
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """For a class with a ``load_state_dict`` of its own, which may call no hooks and look for state on the device.
+
+        It loads into a twin on the host, whose parameters take no memory; what it made of the state is loaded here.
+        """
+        twin = bare_twin(self.optimizer)
+        for group in twin.param_groups:
+            group["params"] = [
+                nn.Parameter(torch.empty((), dtype=self._lender.dtype_of(p)).expand(p.shape), requires_grad=False)
+                for p in group["params"]
+            ]
+        twin.load_state_dict({key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY})
+        indices = iter(range(self._num_owned))
+        groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in twin.param_groups]
+        state = {i: twin.state[p] for i, p in enumerate(parameters_of(twin)) if p in twin.state}
+        position = {key: value for key, value in state_dict.items() if key == _CHECKPOINT_KEY}
+        Optimizer.load_state_dict(self.optimizer, {"state": state, "param_groups": groups, **position})
+
+    def _switch(self, name: str) -> None:
+        """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
+        rounds: list[tuple[int | str, list[Piece]]] = [
+            (group.index, turn) for group, turns in zip(self.groups, self._turns, strict=True) for turn in turns
+        ]
+        for owner, turn in [*rounds, (_ALWAYS, self._fixed)]:
+            if turn:
+                self._lender.lend(turn, owner, to_step=False)
+                getattr(type(self.optimizer), name)(self.optimizer)
+                self._lender.take_back(owner, keep_options=turn is self._fixed or turn is self._turns[int(owner)][-1])
+                self._hold([])
+        if not self._closed:
+            self._hold(self._turns_at(self.step)[0])
+
     def _after_load(self, optimizer: Optimizer) -> None:
         self._lender.options.load_state_dict(self._counters_on_load)
         for scheduler in self.held_schedulers:
@@ -450,7 +490,11 @@ class HiFTEngine:
     def _adopt_state(self) -> None:
         """Move state that exists already, from the optimizer's constructor or an earlier run, out of the optimizer."""
         state = self.optimizer.state
-        existing = {p: state.pop(p) for p in parameters_of(self.optimizer) if p in state}
+        existing = {
+            p: cast_state(state.pop(p), str(p.dtype), self._lender.dtype_of(p))
+            for p in parameters_of(self.optimizer)
+            if p in state
+        }
         self._put(
             {
                 piece.handle: split_state(values, piece)
@@ -481,9 +525,9 @@ class HiFTEngine:
                 "This optimizer is already under HiFT. Use one engine per optimizer, and close it before attaching the"
                 " next one."
             )
-        other._hand_back(to_device=False)
         if other._fingerprint() == self._fingerprint():
             self.step, self._proof = other.step, None
+        other._hand_back(to_device=False)
 
     def _check_slicing(self, max_group_numel: int | None, weights_dtype: torch.dtype | None) -> None:
         if max_group_numel is not None and max_group_numel < 1:
@@ -510,21 +554,35 @@ class HiFTEngine:
         for hook in self._hooks:
             hook.remove()
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
+        for name in ("load_state_dict", "train", "eval"):
+            vars(self.optimizer).pop(name, None)
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if state := self._lender.state_of(self._pieces_of(p)):
-                    stays = _keys_on_host(group) if to_device else state.keys()
-                    state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
-                    self.optimizer.state[p] = {
-                        k: v.to(p.device) if isinstance(v, torch.Tensor) and k not in stays else v
-                        for k, v in state.items()
-                    }
+                    if to_device:
+                        state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
+                        stays = _keys_on_host(group)
+                        moves = [k for k, v in state.items() if isinstance(v, torch.Tensor) and k not in stays]
+                        state |= {k: state[k].to(p.device) for k in moves}
+                    self.optimizer.state[p] = state
         self.offloader.clear()
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """All parameters of ``optimizer``; a place in this list is an index in its ``state_dict``."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether the step around is part of another one: a class whose step calls that of its base runs hooks twice."""
+    wrapper = getattr(type(optimizer).step, "__code__", None)
+    current: FrameType | None = sys._getframe(1)
+    count = 0
+    while current is not None and count < 2:
+        if current.f_code is wrapper and current.f_locals["args"][0] is optimizer:
+            count += 1
+        current = current.f_back
+    return count > 1
 
 
 def _bare_step(optimizer: Optimizer) -> None:

@@ -49,13 +49,17 @@ class HostMemory:
         Raises:
             OSError: The disk is full. Nothing was allocated.
         """
-        sizes = [tensor.numel() * tensor.element_size() for tensor in like]
-        memory = self._map(sum(sizes))
-        # Multiples of 16 bytes first, then falling sizes of elements: everything is aligned, and nothing is padded.
-        order = sorted(range(len(like)), key=lambda i: (sizes[i] % 16 != 0, -like[i].element_size()))
-        pieces = dict(zip(order, torch.split(memory, [sizes[i] for i in order]), strict=True))
-        self.nbytes += sum(sizes)
-        return [pieces[i].view(tensor.dtype) for i, tensor in enumerate(like)]
+        found: dict[int, Tensor] = {}
+        # One stretch for each dtype: torch.save refuses memory that is seen as two.
+        for dtype in dict.fromkeys(tensor.dtype for tensor in like):
+            # Multiples of 16 bytes first, so that all of them are aligned although nothing is padded.
+            indices = [i for i, tensor in enumerate(like) if tensor.dtype == dtype]
+            indices.sort(key=lambda i: like[i].numel() * like[i].element_size() % 16 != 0)
+            counts = [like[i].numel() for i in indices]
+            memory = self._map(sum(counts) * dtype.itemsize).view(dtype)
+            self.nbytes += sum(counts) * dtype.itemsize
+            found |= zip(indices, torch.split(memory, counts), strict=True)
+        return [found[i] for i in range(len(like))]
 
     def remove_files(self) -> None:
         """Delete the files. What was allocated stays valid, and its space in use, as long as tensors refer to it."""

@@ -6,7 +6,7 @@ place of the weights. Between steps the optimizer holds nothing that other code 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,7 @@ class Lender:
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._replaced: list[tuple[list[Any], int, nn.Parameter]] = []
         self._versions: dict[nn.Parameter, int] = {}
+        self._all_groups = optimizer.param_groups
 
     @property
     def is_lent(self) -> bool:
@@ -64,13 +65,16 @@ class Lender:
         for piece in pieces:
             self._raise_precision(piece, bags.get(piece.handle, {}))
 
-    def lend(self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter] = ()) -> None:
+    def lend(
+        self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter] = (), to_step: bool = True
+    ) -> None:
         """Hand over all that a step of ``pieces`` needs.
 
         Args:
             pieces: What is to be stepped.
             owner: Whose counters to use.
             hide: Parameters that must not be stepped now although they have a gradient.
+            to_step: Whether it is for a step, which leaves out what has no gradient.
         """
         for p in hide:
             if p.grad is not None:
@@ -82,15 +86,20 @@ class Lender:
             if not piece.is_whole:
                 self._put_in_place(piece)
             if piece.handle not in self._live:
-                self._raise_precision(piece, bag)
+                self._raise_precision(piece, bag, to_step)
             self._kept[piece.handle] = {key: bag.pop(key) for key in _OURS if key in bag}
             if bag:
                 self._optimizer.state[piece.handle] = bag
         self._pieces = list(pieces)
         self.options.enter(owner)
+        # As if there were no others: some optimizers stumble over a param_group without gradients.
+        self._all_groups = self._optimizer.param_groups
+        lent = {piece.handle for piece in pieces}
+        self._optimizer.param_groups = [g for g in self._all_groups if not lent.isdisjoint(g["params"])]
 
     def take_back(self, owner: Hashable, keep_options: bool = True) -> None:
         """Take back what ``lend`` has handed over, changed or not."""
+        self._optimizer.param_groups = self._all_groups
         self.options.leave(owner, keep_options)
         for entries, index, p in self._replaced:
             entries[index] = p
@@ -145,12 +154,18 @@ class Lender:
 
     # --- master weights -----------------------------------------------------------------------------------------------
 
-    def make_masters(self, pieces: Sequence[Piece], dtype: torch.dtype | None = None) -> None:
+    def make_masters(
+        self,
+        pieces: Sequence[Piece],
+        dtype: torch.dtype | None = None,
+        known: Mapping[nn.Parameter, Tensor | None] | None = None,
+    ) -> None:
         """Keep masters of ``pieces``, from their present values.
 
         Args:
             pieces: All pieces of some parameters. Those that are not in 16 bits, in the end, get no master.
             dtype: Round the weights to this dtype now; default: they stay as they are.
+            known: Masters or remainders that exist already, as by ``saved_master``.
         """
         if self.master_weights == "none":
             return
@@ -159,7 +174,12 @@ class Lender:
         for piece in pieces:
             p = piece.parameter
             if p.is_floating_point() and (dtype or p.dtype) in HALF_DTYPES:
-                bags[piece.handle] = self._packed(piece.rows_of(p.detach()).float())
+                saved = known.get(p) if known and p.dtype in HALF_DTYPES else None
+                master = self._packed(piece.rows_of(p.detach()).float()) if saved is None else None
+                bags[piece.handle] = {
+                    **self._offloader.state_of(piece.handle),
+                    **(self.restored_master(piece, saved) if master is None else master),
+                }
                 parameters.add(p)
         self._offloader.put(bags)
         for p in parameters:
@@ -208,10 +228,10 @@ class Lender:
     def _packed(self, master: Tensor) -> State:
         return {_MASTER: master} if self.master_weights == "full" else {_REMAINDER: split_master(master)[1]}
 
-    def _raise_precision(self, piece: Piece, bag: State) -> None:
+    def _raise_precision(self, piece: Piece, bag: State, to_step: bool = True) -> None:
         p, handle = piece.parameter, piece.handle
         gradient = p.grad if piece.is_whole else handle.grad
-        if gradient is None or bag.keys().isdisjoint(_OURS):
+        if (gradient is None and to_step) or bag.keys().isdisjoint(_OURS):
             return
         live = piece.rows_of(p.detach())
         if self._versions.setdefault(p, p._version) != p._version:
@@ -223,7 +243,7 @@ class Lender:
         self._live[handle] = live
         handle.grad = None
         handle.data = master
-        handle.grad = gradient.float()
+        handle.grad = None if gradient is None else gradient.float()
 
     def _lower_precision(self, piece: Piece, kept: State) -> None:
         handle, live = piece.handle, self._live.pop(piece.handle)

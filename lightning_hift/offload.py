@@ -107,11 +107,14 @@ class StateOffloader:
         if self._transfers is None:
             return sum(count_bytes(state) for state in (self._resident | self._incoming.states).values())
         slot = self._transfers.slot
+        on_host = {
+            place.host.untyped_storage().data_ptr() for each in self._store.values() for place in each.places.values()
+        }
         sizes = {} if slot is None else {slot.memory.data_ptr(): slot.nbytes}
         for place in (self._resident, self._incoming.states, self._outgoing.states):
             for tensor in (t for state in place.values() for t in flatten_state(state).tensors):
-                if tensor.device.type == self.device.type:
-                    storage = tensor.untyped_storage()
+                storage = tensor.untyped_storage()
+                if tensor.device.type == self.device.type and storage.data_ptr() not in on_host:
                     sizes[storage.data_ptr()] = storage.nbytes()
         return sum(sizes.values())
 
@@ -130,7 +133,7 @@ class StateOffloader:
 
     def state_of(self, owner: Owner) -> State:
         """Current state of ``owner`` without copying it. Call ``drain`` first."""
-        if owner in self._resident:
+        if owner in self._resident and owner not in self._in_slot:
             return self._resident[owner]
         kept = self._store.get(owner)
         return {} if kept is None else kept.rebuild([place.host for place in kept.places.values()])
@@ -184,7 +187,10 @@ class StateOffloader:
             self._settle()
             if self._transfers is not None and not self._in_slot:
                 self._transfers.slot = None
-        elif not self._incoming.states and (arriving := self._missing(staying)):
+            return
+        arriving = [] if self._incoming.states else self._missing(staying)
+        # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
+        if arriving and not (self._outgoing.states and self._must_grow(arriving)):
             self._fetch(arriving)
 
     def take(self, owners: Iterable[Owner]) -> dict[Owner, State]:
@@ -219,9 +225,12 @@ class StateOffloader:
             self._transfers.slot = None
 
     def drain(self) -> None:
-        """Block the host until the copies to it have finished, so that it may read them."""
+        """Block the host until it may read all state; what lies in the slot is copied to the host, too."""
         if self._transfers is not None:
             self._transfers.block(self._outgoing.event)
+            here = [owner for owner in self._in_slot if owner in self._resident]
+            if here:
+                self._transfers.block(self._save(here))
         self._settle()
 
     def remove_files(self) -> None:
@@ -252,11 +261,11 @@ class StateOffloader:
 
     def _device_memory(self, kept: Mapping[Owner, _Kept], transfers: Transfers) -> dict[Owner, list[Tensor]]:
         """Device memory for what moves: in the slot for what comes and goes, outside it for what stays."""
-        passing = [owner for owner in kept if self.offload != "none" and owner not in self._always]
+        passing = self._passing(kept)
         like = [tensor for owner in passing for tensor in kept[owner].moving()]
-        self._largest_turn = max(self._largest_turn, slot_bytes(like))
-        if self._in_slot or transfers.slot is None or transfers.slot.nbytes < slot_bytes(like):
+        if transfers.slot is None or self._in_slot or self._must_grow(passing):
             transfers.slot = None
+            self._largest_turn = max(self._largest_turn, slot_bytes(like))
             transfers.slot = DeviceSlot(self._largest_turn, self.device)
         self._in_slot = set(passing)
         cut = iter(transfers.slot.cut(like))
@@ -266,6 +275,15 @@ class StateOffloader:
             ]
             for owner, each in kept.items()
         }
+
+    def _passing(self, owners: Iterable[Owner]) -> list[Owner]:
+        """Those that come and go."""
+        return [owner for owner in owners if self.offload != "none" and owner not in self._always]
+
+    def _must_grow(self, owners: Iterable[Owner]) -> bool:
+        wanted = slot_bytes(tensor for owner in self._passing(owners) for tensor in self._store[owner].moving())
+        slot = None if self._transfers is None else self._transfers.slot
+        return self._transfers is not None and (slot is None or slot.nbytes < wanted)
 
     def _receive(self) -> None:
         """Make what was fetched part of what is on the device."""
@@ -283,17 +301,21 @@ class StateOffloader:
             return
         with record_function("HiFT::release"):
             self._settle()
-            flat = {owner: flatten_state(self._resident[owner]) for owner in owners}
-            kept = self._make_places(flat)
-            states = {owner: self._resident.pop(owner) for owner in owners}
-            self._store |= kept
-            self._in_slot -= states.keys()
-            passing = [tensor for o, each in kept.items() if o not in self._always for tensor in each.moving()]
+            event = self._save(owners)
+            passing = [tensor for owner in self._passing(owners) for tensor in self._store[owner].moving()]
             self._largest_turn = max(self._largest_turn, slot_bytes(passing))
-            if self._transfers is not None:
-                both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
-                pairs = [(tensor, place.host) for tensor, place in both if place.moves]
-                self._outgoing = _InFlight(states, self._transfers.save(pairs))
+            self._in_slot.difference_update(owners)
+            self._outgoing = _InFlight({owner: self._resident.pop(owner) for owner in owners}, event)
+
+    def _save(self, owners: Sequence[Owner]) -> Any:
+        """Copy state from the device to its places on the host. Returns the event that ends it."""
+        flat = {owner: flatten_state(self._resident[owner]) for owner in owners}
+        kept = self._make_places(flat)
+        self._store |= kept
+        if self._transfers is None:
+            return None
+        both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
+        return self._transfers.save([(tensor, place.host) for tensor, place in both if place.moves])
 
     def _settle(self) -> None:
         """Let go of the device tensors of the last release."""

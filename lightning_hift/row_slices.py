@@ -6,9 +6,7 @@ is too large is stepped slice by slice, and only one slice's state is on the dev
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections import OrderedDict, defaultdict
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hift.optimizer_twin import twin_of
 from lightning_hift.state_tree import State
+
+_VECTOR = 64  # elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,9 @@ def _cut(parameter: nn.Parameter, max_numel: int) -> list[Piece]:
         return [Piece(parameter, parameter)]
     rows = len(parameter)
     step = max(1, max_numel * rows // parameter.numel())
+    # A vector loop may round the elements that are left over at its end otherwise; so cut where none are.
+    aligned = _VECTOR // math.gcd(_VECTOR, parameter.numel() // rows)
+    step = step // aligned * aligned or step
     starts = range(0, rows, step)
     stops = [min(start + step, rows) for start in starts]
     return [
@@ -124,25 +128,3 @@ def _steps_element_wise(optimizer: Optimizer, options: Mapping[str, Any]) -> boo
     except Exception:  # anything may happen in a foreign optimizer; then nothing is known about it
         return False
     return torch.equal(whole, torch.cat([*slices]))
-
-
-def twin_of(optimizer: Optimizer, options: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """An optimizer of the same class and with the same ``options`` (one of its ``param_groups``), on the CPU."""
-    kind = type(optimizer)
-    known: dict[str, Any] = {
-        key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in options.items()
-        if key != "params"
-    }
-    known = {key: False if key == "capturable" else value for key, value in known.items()}
-    accepted = inspect.signature(kind.__init__).parameters
-    try:
-        twin = kind(list(parameters), **{key: value for key, value in known.items() if key in accepted})
-    except Exception:  # its constructor takes other arguments than it keeps
-        twin = copy.copy(optimizer)
-        twin._optimizer_step_pre_hooks = OrderedDict()
-        twin._optimizer_step_post_hooks = OrderedDict()
-        twin.state = defaultdict(dict)
-        twin.param_groups = [{}]
-    twin.param_groups[0] = {**known, "params": list(parameters)}
-    return twin

@@ -11,9 +11,11 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "offload", "proof", "table"},
-    {"engine", "lr_scheduler"},
-    {"callback", "strategy", "module", "checkpoint_io", "registration"},
+    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "proof", "table"}
+    | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
+    | {"optimizer_twin", "optimizer_checks", "stepped_options"},
+    {"engine", "attach", "lending", "lr_scheduler"},
+    {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
     {"cli", "__main__"},
     {"benchmark"},

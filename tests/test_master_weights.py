@@ -179,9 +179,10 @@ def test_bytes_on_the_host():
 
 def test_split_never_has_a_whole_copy_of_an_inactive_group():
     model, engine = run_engine("split", make_offloader=lagging)
+    engine.close()
     states = engine.optimizer.state_dict()["state"]
     moments = {value.data_ptr() for state in states.values() for value in state.values()}
-    shapes = {p.shape for n, p in model.named_parameters() if n not in engine.active_group.parameters and p.dim() == 2}
+    shapes = {p.shape for p in model.parameters() if p.dim() == 2}
     gc.collect()
     copies = [
         t
@@ -201,8 +202,8 @@ def test_weights_that_someone_else_sets_become_the_masters():
         next_token_loss(model, tokens(1)[0]).backward()
         engine.optimizer.step()
         for name, p in model.named_parameters():
-            distance = (p.detach().float() - other.get_parameter(name)).abs().max()
-            assert distance < (0.02 if name in stepped else 0.004), name  # one step of AdamW, or rounding
+            distance = (p.detach() - other.get_parameter(name).bfloat16()).abs().max()
+            assert distance <= (0.02 if name in stepped else 0.0), name  # one step of AdamW
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -464,12 +465,12 @@ def test_masters_of_32_bits_are_explained(mode, precision):
 
 
 def test_split_of_float16_is_explained():
-    with pytest.raises(ValueError, match="only it has a 16-bit remainder. Use master_weights='full'"):
+    with pytest.raises(ValueError, match=r"only it has a 16-bit remainder. Use master_weights='full'"):
         trainer(strategy=HiFTStrategy(master_weights="split"), precision="16-true").fit(Automatic(), loader(2))
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="master_weights='half'; choose one of 'auto', 'full', 'split', 'none'"):
+    with pytest.raises(ValueError, match=r"master_weights='half'; choose one of 'auto', 'full', 'split', 'none'"):
         HiFTStrategy(master_weights="half")
 
 

@@ -53,9 +53,18 @@ def test_state_survives_a_round_trip(make):
     assert taken["name"] == "a"
 
 
+def make_slot(offloader):
+    """Let a first group come and go; its slot stays for the next ones."""
+    p = parameter()
+    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    offloader.take([p])
+    offloader.hold([])
+
+
 def test_hold_prefetches_what_comes_next():
     device = LaggingDevice()
     offloader = StateOffloader("cpu", device_module=device, always_copy=True)
+    make_slot(offloader)
     p = parameter()
     give_and_leave(offloader, {p: {"m": torch.ones(3)}})
     released = device.copies
@@ -63,6 +72,19 @@ def test_hold_prefetches_what_comes_next():
     assert device.copies == released + 1
     assert offloader.take([p])[p]["m"].tolist() == [1, 1, 1]
     assert device.copies == released + 1
+
+
+def test_a_larger_slot_is_made_only_when_the_smaller_one_has_been_left():
+    offloader, small, large = lagging(), parameter(), nn.Parameter(torch.zeros(99))
+    make_slot(offloader)
+    offloader.put({small: {"m": torch.ones(3)}, large: {"m": torch.ones(99)}})
+    for _ in range(3):
+        for p in (small, large):
+            offloader.hold([p])
+            assert offloader.device_bytes <= 448  # 99 times 4, rounded up to 64
+            offloader.give(offloader.take([p]))
+            assert offloader.device_bytes <= 448
+    assert offloader.device_bytes == 448
 
 
 def test_without_prefetch_the_copy_waits_for_the_step():
@@ -176,6 +198,7 @@ def test_missing_wait_before_writing_where_a_chunk_is_still_to_be_saved_is_notic
 
 def test_missing_wait_before_loading_what_is_still_being_saved_is_noticed():
     def there_and_back(offloader):
+        make_slot(offloader)
         p = parameter()
         give_and_leave(offloader, {p: {"m": torch.ones(3)}})
         offloader.hold([p])

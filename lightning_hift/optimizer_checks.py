@@ -1,0 +1,54 @@
+"""Which optimizers can train one layer group at a time, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+_REFUSED = {
+    torch.optim.LBFGS: "it steps on one flat vector of all parameters and reruns its closure",
+    torch.optim.SparseAdam: "it takes sparse gradients only, which layer groups of dense parameters do not have",
+}
+_REMEDY = "Use an optimizer that keeps its state by parameter, such as torch.optim.AdamW."
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state cannot be taken apart by parameter.
+
+    Raises:
+        TypeError: As said.
+    """
+    for kind, reason in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            _refuse(kind, reason)
+    inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
+    if inner is not None:
+        _refuse(type(optimizer), f"it wraps {type(inner).__name__}, which holds the state and steps by itself")
+    if getattr(optimizer, "is_paged", False):
+        _refuse(type(optimizer), "it pages its state in and out by itself, which offload='host' does already")
+    if optimizer.defaults.get("gradient_release"):
+        _refuse(type(optimizer), "with gradient_release it steps during the backward pass")
+
+
+def counts_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Numbers that the optimizer keeps as attributes of its own, by name."""
+    return {key: value for key, value in vars(optimizer).items() if type(value) in (int, float)}
+
+
+def check_counts(optimizer: Optimizer, before: dict[str, Any]) -> None:
+    """Refuse an optimizer whose step has changed such a number: it can belong to no parameter and no group.
+
+    Raises:
+        TypeError: As said.
+    """
+    changed = [key for key, value in counts_of(optimizer).items() if before.get(key) != value]
+    if changed:
+        _refuse(
+            type(optimizer), f"its step changes its attributes {', '.join(changed)}, which count for all parameters"
+        )
+
+
+def _refuse(kind: type[Optimizer], reason: str) -> None:
+    raise TypeError(f"{kind.__name__} cannot train one layer group at a time: {reason}. {_REMEDY}")
