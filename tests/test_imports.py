@@ -11,8 +11,19 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "offload", "proof", "table"},
-    {"engine", "lr_scheduler"},
+    {
+        "schedule",
+        "forward_order",
+        "unit_search",
+        "grouping",
+        "fingerprint",
+        "offload",
+        "proof",
+        "table",
+        "activations",
+        "reentrant",
+    },
+    {"engine", "lr_scheduler", "checkpointing"},
     {"callback", "strategy", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
     {"cli", "__main__"},
