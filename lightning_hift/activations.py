@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import inf
@@ -23,17 +24,15 @@ class SavedBytes:
     """
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        self._ignored = {_storage(tensor)[0] for tensor in ignored}
-        self._bytes: dict[int, int] = {}
+        self._ignored = storages_of(ignored).keys()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self.nbytes = 0
+        self.paused = False
+        self.storages: dict[int, int] = {}  # bytes by address
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor that is kept in another way."""
-        key, nbytes = _storage(tensor)
-        if key not in self._ignored and key not in self._bytes:
-            self._bytes[key] = nbytes
-            self.nbytes += nbytes
+    @property
+    def nbytes(self) -> int:
+        """Bytes counted so far."""
+        return sum(self.storages.values())
 
     def __enter__(self) -> SavedBytes:
         # Only the innermost hooks are called; the ones below have to be called from here.
@@ -42,7 +41,9 @@ class SavedBytes:
         keep, give_back = below if below is not None else (torch.Tensor.detach, lambda kept: kept)
 
         def count_and_keep(tensor: Tensor) -> Any:
-            self.add(tensor)
+            key, nbytes = _storage(tensor)
+            if not self.paused and key not in self._ignored:
+                self.storages[key] = nbytes
             return keep(tensor)
 
         self._hooks = torch.autograd.graph.saved_tensors_hooks(count_and_keep, give_back)
@@ -66,13 +67,16 @@ class BlockCall:
     Args:
         block: Path of the block.
         shapes: Of the first input and of all others that have the same first dimension (the batch, as a rule).
-        held: Bytes that were saved before this call and outside of all blocks, the inputs of the blocks included.
-        need: Bytes that the block saves besides its inputs; infinite while unknown.
+        held: Bytes held when the block runs, if it and all blocks before it are checkpointed: their inputs, and what
+            was saved around them.
+        inside: Bytes that the block itself saves, besides its inputs; infinite if it was never recomputed.
+        need: Bytes that are held in addition at the end of the forward pass if the block is kept whole.
     """
 
     block: str
     shapes: tuple[torch.Size, ...]
     held: float = 0
+    inside: float = inf
     need: float = inf
 
     @classmethod
@@ -118,8 +122,8 @@ class ActivationProfile:
 
         That is at the end of the forward pass, or while one of them is recomputed: then all that lies above is gone.
         """
-        recomputed = (call.held + call.need for call in self.calls[:checkpointed] if call.need < inf)
-        return max(self.around + self.needs_from[checkpointed], *recomputed, 0)
+        recomputed = [call.held + call.inside for call in self.calls[:checkpointed] if call.inside < inf]
+        return max([self.around + self.needs_from[checkpointed], *recomputed])
 
     @property
     def smallest_budget(self) -> int:
@@ -143,21 +147,31 @@ class Measurement:
         self.before: float | None = None
         self._ignored = ignored
         self._calls: list[BlockCall] = []
+        self._own_inputs: list[dict[int, int]] = []  # of each call, without those of the calls before it
+        self._inputs: dict[int, int] = {}
+        self._saved_inputs: set[int] = set()  # inputs that a block itself saves, too
         self._around = SavedBytes(ignored)
         self._around.__enter__()
 
     def leave(self) -> None:
-        """Stop counting outside of the blocks."""
+        """Stop counting around the blocks."""
         self._around.leave()
 
-    def add(self, call: BlockCall, inputs: Sequence[Tensor]) -> None:
-        """Note a call that is about to be made."""
+    @contextmanager
+    def of_call(self, call: BlockCall, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Note the call that is made inside, by a checkpoint that holds its inputs."""
         if self.before is None:
             self.before = self._around.nbytes
-        for tensor in inputs:
-            self._around.add(tensor)
-        call.held = self._around.nbytes
+        own = {key: nbytes for key, nbytes in storages_of(inputs).items() if key not in self._inputs}
+        self._inputs |= own
+        self._own_inputs.append(own)
         self._calls.append(call)
+        call.held = self._bytes_around()
+        self._around.paused = True
+        try:
+            yield
+        finally:
+            self._around.paused = False
 
     def measured(self, call: BlockCall, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run``, but its second time, the recomputation, is counted for ``call``."""
@@ -168,20 +182,29 @@ class Measurement:
             if first_time:
                 first_time = False
                 return run(*args, **kwargs)
-            inside = SavedBytes((*self._ignored, *tensors_in((args, kwargs))))
+            inputs, saved = storages_of(tensors_in((args, kwargs))), SavedBytes(self._ignored)
             try:  # which a checkpoint leaves by an exception as soon as it has all it needs
-                with inside:
+                with saved:
                     return run(*args, **kwargs)
             finally:
-                call.need = inside.nbytes
+                self._saved_inputs |= inputs.keys() & saved.storages.keys()
+                call.inside = sum(nbytes for key, nbytes in saved.storages.items() if key not in inputs)
 
         return run_and_count
 
     def profile(self) -> ActivationProfile | None:
         """What was found; ``None`` if no backward pass went through the blocks."""
-        if not self._around.nbytes or (self._calls and all(call.need == inf for call in self._calls)):
+        around = self._bytes_around()
+        if not around or (self._calls and all(call.inside == inf for call in self._calls)):
             return None
-        return ActivationProfile(self.before or 0, self._around.nbytes, tuple(self._calls))
+        held_anyway = self._saved_inputs | self._around.storages.keys()
+        for call, own in zip(self._calls, self._own_inputs, strict=True):
+            # Only a checkpoint holds those inputs that the block does not save.
+            call.need = call.inside - sum(nbytes for key, nbytes in own.items() if key not in held_anyway)
+        return ActivationProfile(self.before or 0, around, tuple(self._calls))
+
+    def _bytes_around(self) -> int:
+        return sum((self._around.storages | self._inputs).values())
 
 
 class BatchPlan:
@@ -249,6 +272,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of the memory that the tensors are views of, by address."""
+    return dict(map(_storage, tensors))
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

@@ -151,12 +151,12 @@ class ActivationBudget:
         if batch.measurement is None and batch.keeps(call):
             return block.call(*args, **kwargs)
         _refuse_cache(block.path, (*args, *kwargs.values()))
-        run = block.repeatable()
-        if batch.measurement is not None:
-            batch.measurement.add(call, inputs)
-            run = batch.measurement.measured(call, run)
         self.num_checkpointed += 1
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        if batch.measurement is None:
+            return checkpoint(block.repeatable(), *args, use_reentrant=False, **kwargs)
+        run = batch.measurement.measured(call, block.repeatable())
+        with batch.measurement.of_call(call, inputs):
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     def _measure(self) -> Measurement:
         return Measurement((*self._parameters, *self._model.buffers()))
@@ -243,10 +243,11 @@ def _find_blocks(model: nn.Module, units: Sequence[LayerUnit]) -> dict[str, nn.M
         for path, member in parts
         if isinstance(member, nn.Module) and is_block(member)
     }
-    if found:
-        return found
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return {path: modules[path] for u in units for path in u.modules if path in modules and is_block(modules[path])}
+    if not found:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        paths = [path for unit in units for path in unit.modules if path in modules]
+        found = {path: modules[path] for path in paths if is_block(modules[path])}
+    return {path: module for module, path in {module: path for path, module in found.items()}.items()}
 
 
 def _configs_of_transformers(model: nn.Module) -> list[Any]:
