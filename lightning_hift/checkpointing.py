@@ -203,33 +203,37 @@ class _Block:
 
         The running statistics of a batch norm would otherwise be updated twice, and a spectral norm have moved on.
         """
-        places: list[tuple[dict[str, Any], str]] = [
-            (m._buffers, name) for m in self._module.modules() for name, _ in m.named_buffers(recurse=False)
-        ]
-        if not places:
+        owners = [(m, name) for m in self._module.modules() for name, _ in m.named_buffers(recurse=False)]
+        if not owners:
             return self.call
-        changed: list[tuple[dict[str, Any], str, Tensor]] | None = None
+        changed: list[tuple[nn.Module, str, Tensor]] | None = None
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal changed
             if changed is None:
-                buffers = [holder[name] for holder, name in places]
-                before = [(b._version, b.clone()) for b in buffers]
+                before = [
+                    (owner, name, buffer, buffer._version, buffer.clone())
+                    for owner, name in owners
+                    if (buffer := owner._buffers[name]) is not None
+                ]
                 result = self.call(*args, **kwargs)
                 changed = [
-                    (holder, name, copy)
-                    for (holder, name), buffer, (version, copy) in zip(places, buffers, before, strict=True)
-                    if holder[name] is not buffer or buffer._version != version
+                    (owner, name, copy)
+                    for owner, name, buffer, version, copy in before
+                    # The kernels of batch norm write to their statistics without counting it as a change.
+                    if owner._buffers[name] is not buffer
+                    or buffer._version != version
+                    or getattr(owner, "track_running_stats", False)
                 ]
                 return result
-            now = [holder[name] for holder, name, _ in changed]
-            for holder, name, copy in changed:
-                holder[name] = copy.clone()
+            now = [owner._buffers[name] for owner, name, _ in changed]
+            for owner, name, copy in changed:
+                owner._buffers[name] = copy.clone()
             try:
                 return self.call(*args, **kwargs)
             finally:
-                for (holder, name, _), buffer in zip(changed, now, strict=True):
-                    holder[name] = buffer
+                for (owner, name, _), buffer in zip(changed, now, strict=True):
+                    owner._buffers[name] = buffer
 
         return run
 
