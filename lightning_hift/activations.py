@@ -220,7 +220,8 @@ class BatchPlan:
         self.trainable = trainable
         self.known = known
         self.measurement: Measurement | None = None
-        self.started = False
+        self.reached = False  # a block was called, whether or not it saves anything
+        self.started = False  # a block was called that does
         self.surprised = False  # by calls that the measured batch did not make
         self._nbytes = nbytes
         self._profile: ActivationProfile | None = None

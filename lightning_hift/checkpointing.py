@@ -118,6 +118,12 @@ class ActivationBudget:
         profile = batch.measurement.profile() if batch.measurement is not None else None
         if profile is None:
             return
+        if not batch.reached:
+            raise RuntimeError(
+                f"Got an activation_budget, but none of the blocks ({self._blocks[0].path}, ...) was called as a"
+                " module. torch.compile of the whole model takes them out of reach: compile each block on its own, by"
+                " block.compile(), or drop activation_budget."
+            )
         self._profiles.setdefault(batch.trainable, []).append(profile)
         if (smallest := profile.smallest_budget) > self.nbytes:
             names = [n for n, p in self._model.named_parameters() if p.requires_grad]
@@ -138,6 +144,8 @@ class ActivationBudget:
 
     def _run(self, block: _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = self._batch
+        if batch is not None:
+            batch.reached = True
         if batch is None or not torch.is_grad_enabled():
             return block.call(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))

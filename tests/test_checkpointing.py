@@ -401,6 +401,53 @@ def test_any_block(name, autocast):
         budget.close()
 
 
+def test_blocks_that_are_skipped_at_random():
+    """What was measured may not fit; then everything is checkpointed, and the next batch is measured."""
+
+    class Skipping(Net):
+        order = (0, 1, 2, 3)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            for i in self.order:
+                x = self.blocks[i](x)
+            return self.head(self.norm(x))
+
+    model, plain = Skipping(depth=4), Skipping(depth=4)
+    budget = ActivationBudget(model, PLENTY)
+    counts = []
+    for order in [(0, 1, 2, 3)] * 2 + [(0, 2, 3)] * 3 + [(0, 2, 3, 3)] * 3 + [()] * 2:
+        model.order = plain.order = order
+        model.zero_grad()
+        plain.zero_grad()
+        assert_same_gradients(one_batch(model, tokens(1)[0], budget)[1], one_batch(plain, tokens(1)[0])[1])
+        counts.append(budget.num_checkpointed)
+    assert counts == [4, 0, 2, 3, 0, 1, 4, 0, 0, 0]
+    budget.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_on_a_gpu_dropout_is_recomputed_alike_without_waiting(name):
+    plain, model, batch = make(name).cuda(), make(name).cuda(), tokens(1)[0].cuda()
+    _, whole = saved_bytes(plain, lambda: loss_of(plain, batch))
+    budget = ActivationBudget(model, whole // 2)
+    for _ in range(3):
+        model.zero_grad()
+        plain.zero_grad()
+        assert_same_gradients(one_batch(model, batch, budget)[1], one_batch(plain, batch)[1])
+    assert 0 < budget.num_checkpointed < 4
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        budget.begin_batch()
+        torch.autograd.backward(model(input_ids=batch).logits.sum())
+        budget.end_batch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    budget.close()
+
+
 def test_cache_of_keys_and_values_is_off_in_a_batch_and_only_there():
     model = llama()
     assert model.config.use_cache
