@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class ActivationProfile:
     @property
     def smallest_budget(self) -> int:
         """The least bytes with which this batch can be run."""
-        return int(min(self.peak(count) for count in range(len(self.calls) + 1)))
+        return ceil(min(self.peak(count) for count in range(len(self.calls) + 1)))
 
     @property
     def is_even(self) -> bool:
@@ -141,11 +141,13 @@ class Measurement:
 
     Args:
         ignored: Tensors that live on anyway, such as parameters and buffers.
+        missed: Bytes that the batch has saved already, as far as that is known.
     """
 
-    def __init__(self, ignored: Sequence[Tensor]) -> None:
-        self.before: float | None = None
+    def __init__(self, ignored: Sequence[Tensor], missed: float = 0) -> None:
         self._ignored = ignored
+        self._missed = missed
+        self._before: float | None = None
         self._calls: list[BlockCall] = []
         self._own_inputs: list[dict[int, int]] = []  # of each call, without those of the calls before it
         self._inputs: dict[int, int] = {}
@@ -160,8 +162,8 @@ class Measurement:
     @contextmanager
     def of_call(self, call: BlockCall, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Note the call that is made inside, by a checkpoint that holds its inputs."""
-        if self.before is None:
-            self.before = self._around.nbytes
+        if self._before is None:
+            self._before = self._bytes_around()
         own = {key: nbytes for key, nbytes in storages_of(inputs).items() if key not in self._inputs}
         self._inputs |= own
         self._own_inputs.append(own)
@@ -201,10 +203,10 @@ class Measurement:
         for call, own in zip(self._calls, self._own_inputs, strict=True):
             # Only a checkpoint holds those inputs that the block does not save.
             call.need = call.inside - sum(nbytes for key, nbytes in own.items() if key not in held_anyway)
-        return ActivationProfile(self.before or 0, around, tuple(self._calls))
+        return ActivationProfile(self._before or 0, around, tuple(self._calls))
 
-    def _bytes_around(self) -> int:
-        return sum((self._around.storages | self._inputs).values())
+    def _bytes_around(self) -> float:
+        return self._missed + sum((self._around.storages | self._inputs).values())
 
 
 class BatchPlan:

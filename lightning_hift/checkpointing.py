@@ -74,7 +74,7 @@ class ActivationBudget:
         self._model = model
         self._parameters = tuple(model.parameters())
         self._configs = _configs_of_transformers(model)
-        self._caching: list[Any] = []
+        self._caching: list[tuple[Any, Any]] = []
         self._profiles: dict[tuple[bool, ...], list[ActivationProfile]] = {}
         self._batch: BatchPlan | None = None
         self._blocks = [_Block(path, module, self._run) for path, module in found.items()]
@@ -100,8 +100,8 @@ class ActivationBudget:
         if not self._batch.known:
             self._batch.measurement = self._measure()
         # Each recomputation would write into a cache of keys and values again. Training has no use for one.
-        self._caching = [config for config in self._configs if config.use_cache]
-        for config in self._caching:
+        self._caching = [(config, config.use_cache) for config in self._configs]
+        for config in self._configs:
             config.use_cache = False
 
     def end_batch(self) -> None:
@@ -154,8 +154,7 @@ class ActivationBudget:
         _refuse_recomputation_by_others(block.path)
         call = BlockCall.of(block.path, inputs)
         if not batch.started and not batch.start(call):
-            batch.measurement = self._measure()
-            batch.measurement.before = batch.estimate_before(call)
+            batch.measurement = self._measure(batch.estimate_before(call))
         if batch.measurement is None and batch.keeps(call):
             return block.call(*args, **kwargs)
         _refuse_cache(block.path, (*args, *kwargs.values()))
@@ -166,15 +165,15 @@ class ActivationBudget:
         with batch.measurement.of_call(call, inputs):
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
-    def _measure(self) -> Measurement:
-        return Measurement((*self._parameters, *self._model.buffers()))
+    def _measure(self, missed: float = 0) -> Measurement:
+        return Measurement((*self._parameters, *self._model.buffers()), missed)
 
     def _leave_batch(self) -> BatchPlan | None:
         batch, self._batch = self._batch, None
         if batch is not None and batch.measurement is not None:
             batch.measurement.leave()
-        for config in self._caching:
-            config.use_cache = True
+        for config, use_cache in self._caching:
+            config.use_cache = use_cache
         self._caching = []
         return batch
 
@@ -263,7 +262,8 @@ def _find_blocks(model: nn.Module, units: Sequence[LayerUnit]) -> dict[str, nn.M
 
 
 def _configs_of_transformers(model: nn.Module) -> list[Any]:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(type(m), "gradient_checkpointing_enable")}
+    models = (m for m in model.modules() if hasattr(type(m), "gradient_checkpointing_enable"))
+    configs = {id(config): config for m in models if (config := getattr(m, "config", None)) is not None}
     return [config for config in configs.values() if hasattr(config, "use_cache")]
 
 

@@ -11,10 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTEngine
+from lightning_hift import HiFTCallback, HiFTEngine
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
-from tests.models import Net, adamw, assert_same_weights, next_token_loss, tokens
+from tests.models import (
+    Automatic,
+    Manual,
+    Net,
+    adamw,
+    assert_same_weights,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+)
 from tests.reference.saved_bytes import saved_bytes
 
 PLENTY = 1 << 40
@@ -276,6 +286,19 @@ def test_smaller_batches_are_planned_from_larger_ones_and_larger_ones_are_measur
         one_batch(model, batch.repeat(2, 2)[:rows, :length], budget)
         counts.append(budget.num_checkpointed)
     assert counts == [4, 0, 0, 0, 4, 4, 0, 0, 4, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["net", "bert", "gpt2"])
+def test_larger_batches_count_what_lies_below_the_blocks(name):
+    """Their measurement begins at the first block; what the embedding saved is estimated from the smaller batch."""
+    model, small, large = make(name), tokens(1, batch_size=2)[0], tokens(1, batch_size=8)[0]
+    whole = saved_bytes(model, lambda: loss_of(model, large))[1]
+    for nbytes, count in ((whole * 102 // 100, 0), (whole - 16, 1)):  # position ids do not grow with the batch
+        budget = ActivationBudget(model, nbytes)
+        for batch in (small, large, large):
+            one_batch(model, batch, budget)
+        assert budget.num_checkpointed == count
+        budget.close()
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
@@ -653,3 +676,71 @@ def test_checkpoints_within_forward_are_refused_next_to_a_budget():
     with pytest.raises(RuntimeError, match=r"recomputed by activation checkpointing in the model itself.*or drop"):
         loss.backward()
     budget.close()
+
+
+# --- in a Trainer -----------------------------------------------------------------------------------------------------
+
+
+class WithBudget(HiFTCallback):
+    """The calls that a callback has to make."""
+
+    def __init__(self, nbytes, **options):
+        super().__init__(**options)
+        self.nbytes = nbytes
+        self.counts = []
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        units = [unit for group in self.groups for unit in group.units]
+        self.budget = ActivationBudget(pl_module, self.nbytes, units)
+        self.looked_at_graph = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.budget.begin_batch()
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        super().on_before_backward(trainer, pl_module, loss)
+        if not self.looked_at_graph:
+            refuse_reentrant_graph(loss)
+            self.looked_at_graph = True
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.budget.end_batch()
+        self.counts.append(self.budget.num_checkpointed)
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.budget.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer, pl_module, stage):
+        self.budget.close()
+        super().teardown(trainer, pl_module, stage)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("make_module", [Automatic, Manual])
+def test_calls_of_a_callback_in_a_trainer(make_module, precision, tmp_path):
+    ends = []
+    for callback in (HiFTCallback(), WithBudget(8000), WithBudget(PLENTY)):
+        module = make_module()
+        options = {"max_epochs": 3, "precision": precision, "default_root_dir": tmp_path, "enable_checkpointing": True}
+        # Manual modules do their own accumulation.
+        extra = {"accumulate_grad_batches": 2} if make_module is Automatic else {}
+        fitted = trainer(callbacks=[callback], **options, **extra)
+        fitted.fit(module, loader(12), loader(2))
+        ends.append(module)
+    assert_same_weights(ends[0], ends[1])
+    assert_same_weights(ends[0], ends[2])
+    assert callback.counts[0] == 3
+    assert callback.counts[-10:] == [0] * 10
+    assert all("_compiled_call_impl" not in vars(m) for m in module.modules())
+
+
+def test_a_trainer_ends_with_the_words_of_the_budget():
+    module = Automatic()
+    with pytest.raises(ValueError, match=r"Got activation_budget=1000 .* holds \d+ bytes"):
+        trainer(callbacks=[WithBudget(1000)]).fit(module, loader(4))
+    assert all("_compiled_call_impl" not in vars(m) for m in module.modules())
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
