@@ -17,7 +17,7 @@ class SavedBytes:
     """While entered, counts the distinct storages that autograd saves, and changes nothing about what is saved.
 
     Hooks that are in force already (those of a checkpoint, or of ``save_on_cpu``) go on to do their work. Nothing is
-    copied and nothing waits for the device.
+    copied and nothing waits for the device. Works on meta tensors, too.
 
     Args:
         ignored: Tensors that live on anyway, such as parameters and buffers.
@@ -27,7 +27,7 @@ class SavedBytes:
         self._ignored = storages_of(ignored).keys()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self.paused = False
-        self.storages: dict[int, int] = {}  # bytes by address
+        self.storages: dict[int, int] = {}  # bytes by identity
 
     @property
     def nbytes(self) -> int:
@@ -278,14 +278,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the memory that the tensors are views of, by address."""
+    """Bytes of the memory that the tensors are views of, by its identity."""
     return dict(map(_storage, tensors))
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """What two views of the same memory have in common, and its bytes."""
+    """What two views of the same memory have in common, on the meta device, too, and its bytes."""
     try:
         storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
+        return storage._cdata, storage.nbytes()
     except (NotImplementedError, RuntimeError):  # tensors without a storage of their own: sparse, wrapper subclasses
         return id(tensor), tensor.numel() * tensor.element_size()

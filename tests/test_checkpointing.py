@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_hift import HiFTCallback, HiFTEngine
+from lightning_hift.activations import SavedBytes
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from tests.models import (
@@ -136,6 +137,21 @@ def test_truncated_backward_saves_less_the_higher_the_active_group(name):
     # With the embedding active, all blocks are frozen: they save their gradients' way, but not the inputs of weights.
     assert all(lower > upper for lower, upper in itertools.pairwise(held[1:])), held
     assert held[0] > held[2]
+
+
+# Without data the masks of Llama and GPT-2 cannot be built: transformers looks for packed sequences.
+@pytest.mark.parametrize(
+    ("name", "device"), [*((name, "cpu") for name in MODELS), ("net", "meta"), ("bert", "meta"), ("t5", "meta")]
+)
+def test_saved_bytes_are_those_of_the_reference_also_without_data(name, device):
+    rotation, batch = Rotation(make(name)), tokens(1)[0]
+    for index in range(len(rotation.groups)):
+        rotation.activate(index)
+        _, expected = saved_bytes(rotation.model, lambda: loss_of(rotation.model, batch))
+        twin = copy.deepcopy(rotation.model).to(device)
+        with SavedBytes((*twin.parameters(), *twin.buffers())) as counted:
+            loss_of(twin, batch.to(device))
+        assert counted.nbytes == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
