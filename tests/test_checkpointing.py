@@ -26,6 +26,7 @@ from tests.models import (
     tokens,
     trainer,
 )
+from tests.reference.live_bytes import peak_bytes
 from tests.reference.saved_bytes import saved_bytes
 
 PLENTY = 1 << 40
@@ -42,7 +43,7 @@ def llama(depth=4, **changes):
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    return LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=depth, **changes)).train()
+    return LlamaForCausalLM(LlamaConfig(**{**small, **changes}, num_hidden_layers=depth)).train()
 
 
 def gpt2(depth=4):
@@ -246,6 +247,35 @@ def test_bytes_held_stay_within_the_budget(name):
             budget.close()
         assert counts == sorted(counts, reverse=True)
         assert counts[-1] == 0 or nbytes < whole
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_recomputation_stays_within_the_budget_because_the_lowest_blocks_are_checkpointed(index):
+    rotation, batch = Rotation(without_cache(llama(8, vocab_size=64, hidden_size=32))), torch.randint(17, (8, 32))
+    model = rotation.model
+
+    def peak():
+        rotation.activate(index)
+        return peak_bytes(model, lambda: loss_of(model, batch).backward())
+
+    smallest, held = extremes(rotation, index, batch)
+    passing = peak() - held  # what kernels need for the moment, and gradients
+    for share in (0, 1 / 3, 2 / 3):
+        nbytes = smallest + int(share * (held - smallest))
+        budget = ActivationBudget(model, nbytes)
+        rotation.activate(index)
+        one_batch(model, batch, budget)
+        budget.begin_batch()
+        lowest, count = peak(), budget.num_checkpointed
+        budget.close()
+        assert lowest <= nbytes + passing
+        for i, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = i >= 8 - count
+            layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        topmost = peak()
+        for layer in model.model.layers:
+            layer.gradient_checkpointing = False
+        assert topmost > lowest or share == 0  # at the smallest budget, every block is checkpointed
 
 
 @pytest.mark.parametrize("name", MODELS)
