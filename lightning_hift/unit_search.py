@@ -96,7 +96,7 @@ def _pieces(module: nn.Module, path: str) -> list[_Piece]:
 
 def _siblings(module: nn.Module) -> set[type]:
     """Classes of at least three children that are blocks, like ``self.layer1``, ``self.layer2``, ``self.layer3``."""
-    counts: Counter[type] = Counter(type(c) for c in module.children() if _is_block(c) and not _holds_blocks(c))
+    counts: Counter[type] = Counter(type(c) for c in module.children() if is_block(c) and not _holds_blocks(c))
     return {cls for cls, count in counts.items() if count >= _ENOUGH_SIBLINGS and not issubclass(cls, _CONTAINERS)}
 
 
@@ -106,7 +106,7 @@ def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
         return []
     if _is_stage(child):
         return _pieces(child, path)
-    return [_Piece(path, child, is_block=_is_block(child))]
+    return [_Piece(path, child, is_block=is_block(child))]
 
 
 def _is_stage(module: nn.Module) -> bool:
@@ -115,13 +115,13 @@ def _is_stage(module: nn.Module) -> bool:
     Experts and attention heads are parallel parts of one block: unlike blocks, they have no norm of their own.
     """
     if _is_stack(module):
-        return any(_is_block(child) for child in module.children())
+        return any(is_block(child) for child in module.children())
     for child in module.children():
         blocks = [b for b in child.children() if has_parameters(b)] if _is_stack(child) else []
         if (
             len(blocks) > 1
             and len({type(b) for b in blocks}) == 1
-            and all(_is_block(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
+            and all(is_block(b) and any("norm" in type(m).__name__.lower() for m in b.modules()) for b in blocks)
             and _numel(child) >= _STAGE_SHARE * _numel(module)
         ):
             return True
@@ -134,7 +134,7 @@ def _layers(piece: _Piece) -> list[_Piece]:
     if isinstance(module, nn.Parameter):
         return [piece]
     own = sum(p.numel() for p in module.parameters(recurse=False))
-    if not _is_block(module) or 2 * own >= _numel(module):
+    if not is_block(module) or 2 * own >= _numel(module):
         return [piece]
     members = [
         (name, member)
@@ -162,14 +162,14 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module is made of at least two layers that hold a weight of two dimensions: no norm, bias or scale."""
     return sum(any(p.ndim > 1 for p in m.parameters(recurse=False)) for m in module.modules()) > 1
 
 
 def _holds_blocks(module: nn.Module) -> bool:
     """Whether a module is a tower: it has a stack of two or more blocks somewhere inside."""
-    return any(_is_stack(m) and sum(map(_is_block, m.children())) > 1 for m in module.modules())
+    return any(_is_stack(m) and sum(map(is_block, m.children())) > 1 for m in module.modules())
 
 
 def _numel(module: nn.Module) -> int:

@@ -13,8 +13,8 @@ PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
     {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "proof", "table"}
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
-    | {"optimizer_twin", "optimizer_checks", "stepped_options"},
-    {"engine", "attach", "lending", "lr_scheduler"},
+    | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"},
+    {"engine", "attach", "lending", "lr_scheduler", "checkpointing"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
     {"cli", "__main__"},
