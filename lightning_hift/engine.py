@@ -24,8 +24,8 @@ from lightning_hift.lending import Lender
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_checks import check_counts, check_optimizer, counts_of
-from lightning_hift.proof import FirstSweepProof, SweepReport
 from lightning_hift.optimizer_twin import bare_twin
+from lightning_hift.proof import FirstSweepProof, SweepReport
 from lightning_hift.row_slices import Piece, cut_into_turns, split_state, steps_element_wise
 from lightning_hift.schedule import SweepSchedule
 from lightning_hift.state_tree import State

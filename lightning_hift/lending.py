@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from lightning_hift.master_weights import HALF_DTYPES, join_master, split_master, store_master
 from lightning_hift.offload import StateOffloader
@@ -76,6 +77,10 @@ class Lender:
             hide: Parameters that must not be stepped now although they have a gradient.
             to_step: Whether it is for a step, which leaves out what has no gradient.
         """
+        with record_function("HiFT::lend"):
+            self._lend(pieces, owner, hide, to_step)
+
+    def _lend(self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter], to_step: bool) -> None:
         for p in hide:
             if p.grad is not None:
                 self._hidden.append((p, p.grad))
@@ -99,6 +104,10 @@ class Lender:
 
     def take_back(self, owner: Hashable, keep_options: bool = True) -> None:
         """Take back what ``lend`` has handed over, changed or not."""
+        with record_function("HiFT::take_back"):
+            self._take_back(owner, keep_options)
+
+    def _take_back(self, owner: Hashable, keep_options: bool) -> None:
         self._optimizer.param_groups = self._all_groups
         self.options.leave(owner, keep_options)
         for entries, index, p in self._replaced:

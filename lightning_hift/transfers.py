@@ -113,10 +113,10 @@ class Transfers:
         """Copy each (device, host) pair to the host, those in the slot first. Returns the event that ends it."""
         slot, stream = self.slot, self._save_stream
         ends = {} if slot is None else {id(device): end for device, _ in pairs if (end := slot.end_of(device))}
-        if slot is not None:
-            slot.forget_saved()
 
         def copy() -> Any:
+            if slot is not None:
+                slot.forget_saved()
             stream.wait_event(stepped)  # Note [Streams] 1
             for device, host in sorted(pairs, key=lambda pair: ends.get(id(pair[0]), float("inf"))):
                 for source, target in _chunks(device, host):

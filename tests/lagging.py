@@ -86,6 +86,10 @@ class LaggingStream:
             self._queue.append(event.happen)
 
     def add_copy(self, destination: Tensor, source: Tensor) -> None:
+        with self.device.lock:
+            self._add_copy(destination, source)
+
+    def _add_copy(self, destination: Tensor, source: Tensor) -> None:
         if not self.waited_for_compute:
             raise AssertionError(f"The {self.name} stream copies without having waited for the compute stream.")
         to, from_ = weakref.ref(destination.untyped_storage()), weakref.ref(source.untyped_storage())
@@ -118,9 +122,10 @@ class LaggingStream:
             self.run_until(self.length)
 
     def run_until(self, position: int) -> None:
-        while self._done < position:
-            self._done += 1
-            self._queue[self._done - 1]()
+        with self.device.lock:
+            while self._done < position:
+                self._done += 1
+                self._queue[self._done - 1]()
 
 
 def _reopened(tensor: Tensor) -> Callable[[torch.UntypedStorage], Tensor]:
@@ -144,6 +149,7 @@ class LaggingDevice:
         self._names = iter(["load", "save"])
         self._compute = LaggingStream("compute", self)
         self._local = threading.local()
+        self.lock = threading.RLock()  # copies may be issued in a thread
         self.copies = 0
         self.copies_done = 0
         self.host_waits = 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hift import HiFTEngine, StateOffloader
 from tests.lagging import LaggingDevice
@@ -223,3 +224,67 @@ def test_missing_wait_before_freeing_is_noticed():
 def test_missing_drain_before_a_checkpoint_is_noticed(monkeypatch):
     monkeypatch.setattr(StateOffloader, "drain", lambda self: None)
     assert not same(steps_on(StateOffloader("cpu")), steps_on(lagging()))
+
+
+# --- nobody waits -----------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Notes each value that is read from a tensor, for which a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"weights_dtype": torch.bfloat16}, {"max_group_numel": 100}], ids=str)
+def test_the_host_waits_for_nothing_in_a_step(options):
+    device = LaggingDevice()
+    model = Net()
+    engine = HiFTEngine.attach(
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),
+        make_offloader=lambda: StateOffloader("cpu", device_module=device, always_copy=True),
+        always_active=["head"],
+        **options,
+    )
+    for batch in tokens(12):
+        next_token_loss(model, batch).backward()
+        with Watch() as watch:
+            engine.optimizer.step()
+            engine.offloader.exposed_ms()
+        assert watch.reads == 0
+    assert device.host_waits == 0
+    assert device.copies > 0
+    assert engine.first_sweep_report().complete  # the proof waits, once
+
+
+def test_watch_notices_a_read():
+    with Watch() as watch:
+        float(torch.ones(()) + 1)
+    assert watch.reads == 1
+
+
+def test_phases_have_names_in_a_profile():
+    with torch.profiler.profile() as profile:
+        steps_on(lagging(), 12)
+    names = {event.key for event in profile.key_averages()}
+    assert {"HiFT::fetch", "HiFT::release", "HiFT::wait_for_state", "HiFT::lend", "HiFT::take_back"} <= names
+
+
+def test_exposed_milliseconds():
+    """The double takes a millisecond for each copy and makes none before somebody waits for it."""
+    offloader, p = lagging(), parameter()
+    assert offloader.exposed_ms() == 0
+    make_slot(offloader)
+    offloader.drain()
+    offloader.put({p: {"m": torch.ones(3)}})
+    offloader.hold([p])
+    offloader.take([p])
+    assert offloader.exposed_ms() == 1
+    offloader.take([p])
+    assert offloader.exposed_ms() == 0
