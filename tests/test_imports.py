@@ -11,10 +11,12 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "offload", "proof", "table"},
+    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "offload", "proof", "table"}
+    | {"allocations", "memory", "probe"},
     {"engine", "lr_scheduler"},
     {"callback", "strategy", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
+    {"workload", "plan", "plan_report"},
     {"cli", "__main__"},
     {"benchmark"},
 ]
