@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,13 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.current -= self._live.pop(key)
 
 
+class Needs(NamedTuple):
+    """Bytes that are held for the backward pass when it begins, and the peak of both passes, gradients included."""
+
+    saved: int
+    peak: int
+
+
 class Rehearsal:
     """Forward and backward of a copy of ``model`` without memory: the peak for each choice of active parameters.
 
@@ -85,16 +92,16 @@ class Rehearsal:
         autocast: torch.dtype | None = None,
         checkpointed: Iterable[str] = (),
     ) -> None:
-        self._mode = FakeTensorMode()
         self._dtype = dtype
         self._autocast = autocast
-        self._copy, self._twins = _copy_without_memory(model, self._mode, dtype)
+        self._mode = FakeTensorMode()
+        self._copy, self._twins = copy_without_memory(model, dtype, self._mode)
         self._copy.train()
         for path in checkpointed:
             _run_checkpointed(self._copy.get_submodule(path))
 
-    def peak(self, active: Iterable[nn.Parameter], compute_loss: Callable[[Any], Tensor]) -> int:
-        """Bytes that forward and backward need on top of the weights, gradients of ``active`` included.
+    def run(self, active: Iterable[nn.Parameter], compute_loss: Callable[[Any], Tensor]) -> Needs:
+        """What forward and backward need on top of the weights.
 
         Args:
             active: Parameters of the original model that train.
@@ -112,26 +119,33 @@ class Rehearsal:
         with self._mode, tracker, _FusedAttention(), _DefaultDtype(half):
             with casts:
                 loss = compute_loss(self._copy)
+            saved = tracker.current
             loss.backward()  # type: ignore[no-untyped-call]
-        del loss
-        peak = tracker.peak
         for p in self._copy.parameters():
             p.grad = None
-        return peak
+        return Needs(saved, tracker.peak)
 
 
-def _copy_without_memory(
-    model: Module, mode: FakeTensorMode, dtype: torch.dtype | None
+def copy_without_memory(
+    model: Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
 ) -> tuple[Module, dict[int, Tensor]]:
-    """A copy whose tensors are fake, and the twin of each original tensor by its ``id``."""
-    memo: dict[int, Any] = {}
+    """A copy of ``model`` whose tensors say that they are on the device "cpu" but have no values.
+
+    Args:
+        model: On any device, "meta" included.
+        dtype: Dtype of floating-point tensors in the copy; ``None`` keeps each as it is.
+        mode: The mode that its tensors belong to; default: one of their own.
+
+    Returns:
+        The copy, and the twin of each original tensor by the ``id`` of the original.
+    """
     twins: dict[int, Tensor] = {}
-    with mode:
+    with mode or FakeTensorMode():
         for t in (*model.parameters(), *model.buffers()):
             cast = dtype if dtype is not None and t.is_floating_point() else t.dtype
             fake = torch.empty(t.shape, dtype=cast, device="cpu")
             twins[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-    memo.update(twins)
+    memo: dict[int, Any] = dict(twins)
     return copy.deepcopy(model, memo), twins
 
 
