@@ -34,10 +34,9 @@ def format_plan(plan: Plan) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write_markdown(plan: Plan, path: str | Path, title: str, command: str) -> None:
-    """Write the plan to a file, with the command that makes it again."""
-    text = f"# {title}\n\n```bash\n{command}\n```\n\n```text\n{format_plan(plan)}\n```\n"
-    Path(path).write_text(text)
+def write_markdown(plan: Plan, path: str | Path) -> None:
+    """Write the plan to a file, under the file's name as the title."""
+    Path(path).write_text(f"# Plan for {Path(path).stem}\n\n```text\n{format_plan(plan)}\n```\n")
 
 
 def _heading(plan: Plan) -> str:
@@ -77,23 +76,21 @@ def _groups(plan: Plan) -> str:
 def _sums(plan: Plan) -> str:
     overhead = next(iter(plan.forecast.groups.values())).overhead
     on_disk = plan.forecast.setup.offload == "disk"
+    written = f"{plan.written_per_1000_steps / 1e12:.2f} TB"
     known = all(group.activations is not None for group in plan.forecast.groups.values())
     rows = [
         ["device, largest peak" + ("" if known else " without activations"), format_bytes(plan.forecast.peak)],
         ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
         ["host", format_bytes(plan.forecast.host_bytes)],
         ["disk", format_bytes(plan.forecast.disk_bytes)],
-        [
-            "written per 1000 steps" + ("" if on_disk else " if it were on disk"),
-            f"{plan.written_per_1000_steps / 1e12:.2f} TB",
-        ],
+        ["written per 1000 steps" + ("" if on_disk else " if it were on disk"), written],
     ]
     rule = (
         f"Transfers go both ways at once, each at {plan.link / 1e9:g} GB/s. They are hidden behind a step of as many"
         f" tokens as the last column says, at\n{plan.sustained_flops / 1e12:g} TFLOP/s and"
-        f" {plan.mean_flops_per_token / 1e9:.3g} GFLOP per token (mean of a sweep). The peak is what the driver holds plus"
-        " the larger of two sums:\nthe five kinds (activations: what they need beyond the gradients), or all that is"
-        " there at the optimizer step."
+        f" {plan.mean_flops_per_token / 1e9:.3g} GFLOP per token (mean of a sweep). The peak is what the driver holds"
+        " plus the larger of two sums:\nthe five kinds (activations: what they need beyond the gradients), or all that"
+        " is there at the optimizer step."
     )
     return format_table(["place", "bytes"], rows) + "\n" + rule
 
