@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.forecast import Forecast, GroupPlan, Setup, forecast
+from lightning_hift.made_up_batch import ComputeLoss
 from lightning_hift.proposal import propose
-from lightning_hift.workload import ComputeLoss, Workload
+from lightning_hift.workload import Workload
 
 SUSTAINED_FLOPS = 125e12
 """Assumed: 40 % of the dense bf16 peak of an A100."""

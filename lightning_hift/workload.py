@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -10,19 +9,16 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hift.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.engine import attach_engines
 from lightning_hift.grouping import LayerGroup, LayerUnit, group_units
+from lightning_hift.made_up_batch import ComputeLoss, find_loss
 from lightning_hift.memory import StateBytes
 from lightning_hift.offload import StateOffloader
 from lightning_hift.probe import live_state_bytes, transient_bytes
-
-ComputeLoss = Callable[[Any, int, int], Tensor]
-"""Maps a model without memory, the batch size and the sequence length to a loss, on the device "cpu"."""
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
@@ -87,7 +83,7 @@ class Workload:
         )
         self.units: list[LayerUnit] = [unit for group in engine.groups for unit in group.units]
         self.always_active = list(engine.always_active)
-        self._compute_loss = compute_loss or _find_loss(self.model)
+        self._compute_loss = compute_loss or find_loss(self.model)
         if self._compute_loss is None:
             self.notes.append(
                 "Activations are not planned: no batch can be made up for this model. Give it an example_input_array,"
@@ -253,46 +249,3 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
     if isinstance(configured, (list, tuple)):
         return [optimizer for part in configured for optimizer in _optimizers_in(part)]
     return []
-
-
-# --- a batch made up --------------------------------------------------------------------------------------------------
-
-
-def _find_loss(model: nn.Module) -> ComputeLoss | None:
-    for path, module in model.named_modules():
-        if hasattr(getattr(module, "config", None), "vocab_size"):
-            accepted = inspect.signature(module.forward).parameters
-            if "input_ids" in accepted:
-                return lambda copy, batch, length, path=path: _language_model_loss(  # type: ignore[misc]
-                    copy.get_submodule(path), batch, length, "labels" in accepted
-                )
-    example = getattr(model, "example_input_array", None)
-    return None if example is None else lambda copy, batch, length: _example_loss(copy, example, batch)
-
-
-def _language_model_loss(network: Any, batch: int, length: int, labelled: bool) -> Tensor:
-    tokens = torch.zeros(batch, length, dtype=torch.long, device="cpu")
-    if not labelled:
-        return _mean(network(input_ids=tokens))
-    labels = tokens
-    if "SequenceClassification" in type(network).__name__:
-        labels = torch.zeros(batch, dtype=torch.long if network.config.num_labels > 1 else torch.float, device="cpu")
-    loss: Tensor = network(input_ids=tokens, labels=labels).loss
-    return loss
-
-
-def _example_loss(model: nn.Module, example: Any, batch: int) -> Tensor:
-    def of_this_batch(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        return torch.zeros(batch, *value.shape[1:], dtype=value.dtype, device="cpu")
-
-    inputs = tree_map(of_this_batch, example)
-    if isinstance(inputs, Mapping):
-        return _mean(model(**inputs))
-    return _mean(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
-
-
-def _mean(output: Any) -> Tensor:
-    values = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack([t.float().mean() for t in values]).sum()

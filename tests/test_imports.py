@@ -16,7 +16,7 @@ FLOORS = [
     {"engine", "lr_scheduler"},
     {"callback", "strategy", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
-    {"workload", "forecast", "proposal", "plan", "plan_report"},
+    {"made_up_batch", "workload", "forecast", "proposal", "plan", "plan_report"},
     {"cli", "__main__"},
     {"benchmark"},
 ]
