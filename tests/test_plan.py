@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -13,15 +15,18 @@ from torch import Tensor
 
 from lightning_hift import HiFTEngine, StateOffloader
 from lightning_hift.allocations import AllocationTracker
+from lightning_hift.cli import HiFTCLI
 from lightning_hift.forecast import Setup, forecast
-from lightning_hift.plan import Plan
+from lightning_hift.plan import Plan, make_plan
+from lightning_hift.plan_report import plot_plan
 from lightning_hift.tasks.causal_lm import build_network
 from lightning_hift.workload import Workload
+from tests.models import Net
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "plan").glob("*.yaml"))
 GB, GIB, MIB = 10**9, 2**30, 2**20
-LLAMA = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 5, "num_attention_heads": 4}
+LLAMA = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:[\s\S]*deprecated in v4"),
@@ -86,9 +91,10 @@ def test_group_sizes_are_the_published_ones(name: str, total: int, block: int, e
 )
 def test_the_papers_table(optimizer: Any, options: Any, expected: tuple[float, ...]) -> None:
     if optimizer == "Adafactor":
-        from transformers.optimization import Adafactor as optimizer
-    one_block = {"num_hidden_layers": 1}
-    group = static(published("llama2_7b", optimizer, **one_block), **options)
+        from transformers.optimization import Adafactor
+
+        optimizer = partial(Adafactor, relative_step=False)
+    group = static(published("llama2_7b", optimizer, num_hidden_layers=1), **options)
     missing = 31 * 202_383_360 * (2 if options["precision"] == "bf16-true" else 4)
     weights = (group.weights + missing + group.masters) / MIB  # the paper counts masters as parameters
     # The paper counts gradients in 32 bits.
@@ -216,3 +222,264 @@ def test_prediction_against_real_training(run: dict[str, Any]) -> None:
         state = sum(workload.state(setup.stepped_dtype)[p].device for p in workload.model.parameters())
     assert predicted.groups[0].weights == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     assert tracker.current == pytest.approx(state, abs=512 * 4 * len(list(network.parameters())))
+
+
+# --- what is not a language model -------------------------------------------------------------------------------------
+
+
+class Plain(pl.LightningModule):
+    """A batch of its own kind."""
+
+    def __init__(self, example: Any = None) -> None:
+        super().__init__()
+        self.net = Net()
+        self.example_input_array = example
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.net(batch)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return {"optimizer": torch.optim.Adagrad(self.parameters())}
+
+
+def test_without_a_batch_all_but_activations_is_planned() -> None:
+    plan = make_plan(Plain(), Setup(batch_size=4), compare=False)
+    groups = plan.forecast.groups
+    assert [group.activations for group in groups.values()] == [None] * 5
+    assert [group.traffic for group in groups.values()] == [group.gradients for group in groups.values()]  # Adagrad
+    assert "Activations are not planned: no batch can be made up" in str(plan)
+    assert "unknown" in str(plan)
+
+
+def test_example_input_array_makes_a_batch_of_any_size() -> None:
+    example = torch.zeros(1, 6, dtype=torch.long)
+    small, large = (make_plan(Plain(example), Setup(batch_size=n), compare=False) for n in (8, 64))
+    assert small.notes == ()
+    assert 6 < (large.forecast.groups[1].activations or 0) / (small.forecast.groups[1].activations or 1) < 9
+
+
+def test_a_loss_of_ones_own() -> None:
+    def loss(model: Any, batch_size: int, length: int) -> Tensor:
+        return model.net(torch.zeros(batch_size, length, dtype=torch.long, device="cpu")).square().mean()  # type: ignore[no-any-return]
+
+    model = Plain()
+    plan = make_plan(model, Setup(batch_size=4, sequence_length=32), compute_loss=loss, compare=False)
+    assert [group.activations or 0 for group in plan.forecast.groups.values()] > [0] * 5
+    assert all(p.requires_grad and p.device.type == "cpu" and p.grad is None for p in model.parameters())
+
+
+def test_code_that_asks_for_values_is_a_note() -> None:
+    def loss(model: Any, batch_size: int, length: int) -> Tensor:
+        value = model.net(torch.zeros(2, 4, dtype=torch.long, device="cpu")).mean()
+        return value * 2 if value.item() > 0 else value  # type: ignore[no-any-return]
+
+    plan = make_plan(Plain(), compute_loss=loss, compare=False)
+    assert plan.forecast.groups[0].activations is None
+    assert "Activations are not planned: DataDependentOutputException" in plan.notes[0]
+
+
+def test_two_optimizers_are_refused() -> None:
+    class Two(Plain):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters()) for part in (self.net.head, self.net.blocks)], []
+
+    with pytest.raises(ValueError, match="Got 2 optimizers"):
+        make_plan(Two())
+
+
+# --- what the knobs do ------------------------------------------------------------------------------------------------
+
+
+@cache
+def small() -> Workload:
+    return Workload(build_network("llama", {**LLAMA, "vocab_size": 4096}))
+
+
+def plan_of(**options: Any) -> Any:
+    return forecast(small(), Setup(**{"precision": "bf16-true", "batch_size": 4, "sequence_length": 64, **options}))
+
+
+def test_offload() -> None:
+    host, disk, none = (plan_of(offload=offload) for offload in ("host", "disk", "none"))
+    assert disk.disk_bytes == 10 * sum(p.numel() for p in small().model.parameters())
+    assert host.disk_bytes == none.disk_bytes == 0
+    assert host.host_bytes - none.host_bytes == disk.disk_bytes
+    assert none.groups[0].state + none.groups[0].masters == disk.disk_bytes
+    assert host.peak == disk.peak < none.peak
+
+
+def test_prefetch_moves_the_slot_from_the_activations_to_the_step() -> None:
+    ahead, late = plan_of(prefetch=True), plan_of(prefetch=False)
+    head = max(ahead.groups)
+    slot = 10 * 4096 * 32
+    assert (late.groups[head].state, late.groups[head].masters) == (0, 0)
+    assert ahead.groups[head].compute - late.groups[head].compute == pytest.approx(slot, abs=10 * 64)
+    assert ahead.groups[head].step == late.groups[head].step
+
+
+def test_slicing_cuts_the_slot_but_not_the_gradient() -> None:
+    whole, sliced = plan_of(), plan_of(max_group_numel=4096 * 8)
+    head = max(whole.groups)
+    assert sliced.groups[head].gradients == whole.groups[head].gradients
+    assert sliced.groups[head].state == 8 * 4096 * 8
+    assert sliced.groups[head].step < whole.groups[head].step
+
+
+def test_activation_budget() -> None:
+    deep = {"batch_size": 32, "sequence_length": 128}
+    whole = plan_of(**deep)
+    with pytest.raises(ValueError, match=r"with every block recomputed this batch still holds (\S+ MiB)") as refused:
+        plan_of(**deep, activation_budget=1)
+    smallest = float(str(refused.value).split("still holds ")[1].split(" MiB")[0])
+    tight = plan_of(**deep, activation_budget=int((smallest + 0.01) * MIB))
+    assert tight.peak < whole.peak
+    assert plan_of(**deep, activation_budget=100 * GIB).peak == whole.peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"sequence_length": 0}, {"group_size": 0}, {"max_group_numel": 0}, {"activation_budget": 0}],
+)
+def test_what_is_below_one_is_refused(options: Any) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"Got {name}=0; it must be at least 1"):
+        Setup(**options)
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="Got precision='8-true'; the planner knows '32-true'"):
+        Setup(precision="8-true")
+    with pytest.raises(ValueError, match="Got offload='tape'; choose 'host', 'disk' or 'none'"):
+        Setup(offload="tape")  # type: ignore[arg-type]
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def propose(device: float, host: float = 1e12, **options: Any) -> Plan:
+    setup = Setup(**{"precision": "bf16-true", "batch_size": 4, "sequence_length": 128, **options})
+    network = build_network("llama", {**LLAMA, "vocab_size": 512, "num_hidden_layers": 2})
+    return make_plan(network, setup, device_memory=round(device), host_memory=round(host), compare=False)
+
+
+def test_what_fits_is_said_to_fit() -> None:
+    plan = propose(GIB, GIB)
+    assert plan.fits
+    assert plan.proposal is None
+    assert str(plan).endswith("Fits 1.00 GiB on the device and 1.00 GiB on the host.")
+
+
+def test_proposals_fit_and_change_no_more_than_they_must() -> None:
+    asked = propose(GIB, GIB, master_weights="full").forecast
+    host = propose(GIB, asked.host_bytes - 1, master_weights="full")
+    assert host.changed == ("master_weights",)
+    disk = propose(GIB, asked.host_bytes / 10, master_weights="full")
+    assert disk.changed == ("offload",)
+    overhead = asked.groups[0].overhead
+    device = propose(overhead + 0.8 * (asked.peak - overhead), master_weights="full")
+    for plan in (host, disk, device):
+        assert plan.proposal is not None
+        assert plan.proposal.fits(plan.device_memory, plan.host_memory)
+        assert "This fits" in str(plan)
+    assert "batch_size" in device.changed or "activation_budget" in device.changed
+    assert "precision" not in device.changed
+
+
+def test_smallest_device_is_named_when_nothing_fits() -> None:
+    plan = propose(1000)
+    assert plan.proposal is None
+    assert plan.smallest is not None
+    assert "Nothing that was tried fits. The smallest that works needs 61" in str(plan)
+    assert propose(plan.smallest.peak).proposal is not None
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def run(config: dict[str, Any], *args: str) -> None:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["lightning-hift", "plan", "--config", "run.yaml", *args])
+        HiFTCLI()
+
+    return run
+
+
+def config(**trainer: Any) -> dict[str, Any]:
+    model = {"class_path": "lightning_hift.tasks.CausalLM", "init_args": {"model_type": "llama", "model_config": LLAMA}}
+    return {"trainer": {"precision": "bf16-true", **trainer}, "model": model}
+
+
+def test_command_prints_a_plan_and_nothing_else(
+    command: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--batch-size", "2", "--sequence_length=32", "--link", "50GB/s", "--device-memory=24GiB"]
+    command(config(accelerator="gpu", devices=1), *options, "--plot", "plan.png", "--report=plan.md")
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    assert shown.out.startswith("53,536 parameters, 6 layer groups, precision bf16-true, masters: split")
+    assert "batch 2 x 32 tokens" in shown.out
+    assert "50 GB/s" in shown.out
+    assert "HiFT, Mixed^Hi, split, 8-bit state" in shown.out
+    assert "Fits 24.00 GiB on the device." in shown.out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.out.strip() in (tmp_path / "plan.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "plan.png", "plan.md"}
+
+
+def test_command_takes_groups_and_strategy_from_the_file(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = {"class_path": "lightning_hift.HiFTStrategy", "init_args": {"offload": "none", "prefetch": False}}
+    command({**config(strategy=strategy, precision="32-true"), "hift": {"group_size": 3}}, "--compare=false")
+    shown = capsys.readouterr().out
+    assert "2 layer groups, precision 32-true, masters: none, offload: none, prefetch: no" in shown
+    assert "other ways" not in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"model_type": "lama"}, [], "Did you mean"),
+        ({"model_config": {"hiden_size": 8}}, [], "Did you mean 'hidden_size'"),
+        ({}, ["--device-memory", "24Gb/s"], "Got device_memory='24Gb/s'; write a number above 0 with one of B, KB"),
+        ({}, ["--batch-size", "0"], "Got batch_size=0; it must be at least 1"),
+        ({}, ["--link", "fast"], "Got link='fast'"),
+    ],
+)
+def test_bad_input_ends_in_a_short_message(
+    change: Any, arguments: list[str], message: str, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = config()
+    options["model"]["init_args"] |= change
+    with pytest.raises(SystemExit) as stopped:
+        command(options, *arguments, "--compare=false")
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in shown
+    assert len(shown.splitlines()) <= 4
+
+
+def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = propose(GIB)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RuntimeError, match=r"pip install lightning-hift\[plot\]"):
+        plot_plan(plan, tmp_path / "plan.png")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_planned(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = path.read_text().splitlines()[0].removeprefix("# lightning-hift ")
+    assert f"--config {path.relative_to(ROOT)}" in first
+    monkeypatch.chdir(ROOT)
+    shallow = ["--model.model_config.num_hidden_layers=3", "--compare=false"]
+    monkeypatch.setattr(sys, "argv", ["lightning-hift", *first.split(), *shallow])
+    HiFTCLI()
+    assert "5 layer groups, precision bf16-true, masters: split" in capsys.readouterr().out
+    shipped = (ROOT / "examples" / "plans" / f"{path.stem}.md").read_text()
+    layers = options_of(path.stem)["model_config"]["num_hidden_layers"]
+    assert f"{layers + 2} layer groups, precision bf16-true" in shipped
