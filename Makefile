@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint bench-cpu clean
+.PHONY: quickstart test test-all lint bench-cpu plans clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ lint: $(INSTALLED)
 
 bench-cpu: $(INSTALLED)
 	$(BIN)/python -m lightning_hift.benchmark.speed
+
+# The first line of each configuration is the command that plans it.
+plans: $(INSTALLED)
+	for config in configs/plan/*.yaml; do \
+		$(BIN)/$$(head -n 1 $$config | cut -c3-) --report examples/plans/$$(basename $$config .yaml).md || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis

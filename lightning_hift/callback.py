@@ -22,11 +22,13 @@ from typing_extensions import override
 
 from lightning_hift.attach import attach_engines
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
+from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
 from lightning_hift.proof import SweepReport
+from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.schedule import Order, check_order
 from lightning_hift.table import format_bytes, format_table
 
@@ -88,6 +90,8 @@ class HiFTCallback(Callback):
         self._backward_ran = False
         self._grad_norm: dict[int, Tensor] = {}
         self._backwards_without_step = 0
+        self._budget: ActivationBudget | None = None
+        self._graph_was_checked = False
 
     @property
     def engines(self) -> Sequence[HiFTEngine]:
@@ -212,6 +216,12 @@ class HiFTCallback(Callback):
         if self.hold_lr == "once":
             self._warn_about_horizons(trainer)
         rank_zero_info(self.summary(pl_module))
+        refuse_reentrant_modules(pl_module)
+        nbytes = getattr(trainer.strategy, "activation_budget", None)
+        if nbytes is not None:
+            units = [unit for group in self.groups for unit in group.units]
+            self._budget = ActivationBudget(pl_module, nbytes, units)
+        self._graph_was_checked = False
 
     @override
     def on_train_batch_start(
@@ -219,11 +229,16 @@ class HiFTCallback(Callback):
     ) -> None:
         for engine in self._engines:
             engine.activate()
+        if self._budget is not None:
+            self._budget.begin_batch()
         self._hold_learning_rates(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if loss.requires_grad:
+            if not self._graph_was_checked:
+                refuse_reentrant_graph(loss)
+                self._graph_was_checked = True
             return
         if len(self._engines) > 1 or loss.is_inference():
             raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
@@ -263,6 +278,8 @@ class HiFTCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
+        if self._budget is not None:
+            self._budget.end_batch()
         self._flush_learning_rates(trainer, SweepLR.flush)
         for index, engine in enumerate(self._engines):
             if (report := engine.first_sweep_report()) is not None:
@@ -333,9 +350,12 @@ class HiFTCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback for another run: engines belong to the optimizers of this one.
-        return {**vars(self), "_engines": [], "_running": False, "_grad_norm": {}}
+        return {**vars(self), "_engines": [], "_running": False, "_grad_norm": {}, "_budget": None}
 
     def _close(self) -> None:
+        if self._budget is not None:
+            self._budget.close()
+            self._budget = None
         for engine in self._engines:
             engine.close()
         self._running = False

@@ -1,7 +1,11 @@
-"""The command line: ``lightning-hift {fit,validate,test,predict,groups} --config file.yaml``."""
+"""The command line: ``lightning-hift {fit,validate,test,predict,groups,plan} --config file.yaml``."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,11 +15,17 @@ from typing_extensions import override
 
 from lightning_hift.attach import attach_engines
 from lightning_hift.callback import HiFTCallback, describe_groups
+from lightning_hift.forecast import Setup
+from lightning_hift.memory import parse_bytes
 from lightning_hift.offload import StateOffloader
+from lightning_hift.plan import SUSTAINED_FLOPS, make_plan
+from lightning_hift.plan_report import plot_plan, write_markdown
+
+_WITHOUT_A_RUN = ("groups", "plan")
 
 
 class HiFTTrainer(pl.Trainer):
-    """A Trainer that can also show the layer groups. ``LightningCLI`` makes a subcommand of each such method."""
+    """A Trainer that can also show layer groups and memory. ``LightningCLI`` makes a subcommand of each such method."""
 
     def groups(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Print the layer groups of the model with their sizes, without data or training.
@@ -31,7 +41,7 @@ class HiFTTrainer(pl.Trainer):
         Raises:
             ValueError: The grouping does not fit the model.
         """
-        callback = next((c for c in self.callbacks if isinstance(c, HiFTCallback)), HiFTCallback())  # type: ignore[attr-defined]
+        callback = self._hift()
         with torch.device("meta"):
             model.configure_model()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -47,6 +57,84 @@ class HiFTTrainer(pl.Trainer):
         )
         print(describe_groups(engine.groups, engine.always_active))
         engine.close()
+
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        device_memory: str | None = None,
+        host_memory: str | None = None,
+        link: str = "25GB/s",
+        tflops: float = SUSTAINED_FLOPS / 1e12,
+        compare: bool = True,
+        plot: str | None = None,
+        report: str | None = None,
+    ) -> None:
+        """Print what a fit with this configuration will need, without a GPU, data or training.
+
+        A network that ``configure_model`` builds is built without memory for its weights. Precision and strategy are
+        those of the Trainer, the layer groups those of its ``HiFTCallback``.
+
+        Args:
+            model: The module to plan for.
+            datamodule: Its ``batch_size`` and ``sequence_length``, if it has them, are the defaults.
+            batch_size: Rows per micro-batch; without a data module that says it: 1.
+            sequence_length: Tokens per row; without a data module that says it: 512.
+            device_memory: Memory of the device, such as 24GiB. With it, what does not fit is answered by what does.
+            host_memory: Memory of the host that is free, likewise.
+            link: Speed of copies between host and device, each way.
+            tflops: What the device sustains on this model, in 10^12 operations per second; default: 40 % of an A100.
+            compare: Also plan full fine-tuning and other kinds of master weights. Takes several times as long.
+            plot: File for a picture of the device memory by group.
+            report: File for the plan in Markdown.
+
+        Raises:
+            ValueError: An argument is out of range, or the grouping does not fit the model.
+            RuntimeError: A plot is asked for, but matplotlib is not installed.
+        """
+        with torch.device("meta"):
+            model.configure_model()
+        callback = self._hift()
+        found = make_plan(
+            model,
+            Setup(
+                precision=str(self.precision),
+                group_size=callback.group_size,
+                batch_size=_first_given(batch_size, getattr(datamodule, "batch_size", None), 1),
+                sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
+                **self._strategy_setup(),
+            ),
+            units=callback.units,
+            frozen=callback.frozen,
+            always_active=callback.always_active,
+            device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
+            host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
+            link=parse_bytes(link.removesuffix("/s"), "link"),
+            sustained_flops=tflops * 1e12,
+            compare=compare,
+        )
+        print(found)
+        if plot:
+            plot_plan(found, plot)
+        if report:
+            write_markdown(found, report)
+
+    def _hift(self) -> HiFTCallback:
+        return next((c for c in self.callbacks if isinstance(c, HiFTCallback)), HiFTCallback())  # type: ignore[attr-defined]
+
+    def _strategy_setup(self) -> dict[str, Any]:
+        """Arguments of the strategy that a plan depends on; a strategy without them has the defaults of ``Setup``."""
+        names = ("offload", "prefetch", "master_weights", "max_group_numel", "activation_budget")
+        given = {name: getattr(self.strategy, name) for name in names if hasattr(self.strategy, name)}
+        if given.get("activation_budget") is not None:
+            given["activation_budget"] = parse_bytes(given["activation_budget"], "activation_budget")
+        return given
+
+
+def _first_given(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 class SaveConfigToLogDir(SaveConfigCallback):
@@ -90,22 +178,27 @@ class HiFTCLI(LightningCLI):
         args: ArgsType = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model_class,
-            datamodule_class,
-            save_config_callback,
-            {"overwrite": True, **(save_config_kwargs or {})},
-            trainer_class,
-            {"strategy": "hift", **(trainer_defaults or {})},
-            args=args,
-            **kwargs,
-        )
+        self._quieted: dict[logging.Logger, int] = {}
+        try:
+            super().__init__(
+                model_class,
+                datamodule_class,
+                save_config_callback,
+                {"overwrite": True, **(save_config_kwargs or {})},
+                trainer_class,
+                {"strategy": "hift", **(trainer_defaults or {})},
+                args=args,
+                **kwargs,
+            )
+        finally:
+            for logger, level in self._quieted.items():
+                logger.setLevel(level)
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands and ``groups``, with the arguments that are no options."""
-        return {**LightningCLI.subcommands(), "groups": {"model", "datamodule"}}
+        """Lightning's subcommands and ours, with the arguments that are no options."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _WITHOUT_A_RUN}}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -118,19 +211,52 @@ class HiFTCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and try the values under ``hift:``, so that a bad one ends in a short message like any other."""
-        super().parse_arguments(parser, args)
+        if args is None:
+            sys.argv[1:] = _with_underscores(sys.argv[1:])
+        super().parse_arguments(parser, _with_underscores(args) if isinstance(args, list) else args)
+        if self.config.get("subcommand") in _WITHOUT_A_RUN:
+            self.config[self.config["subcommand"]]["seed_everything"] = False
+            for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+                self._quieted[logger] = logger.level
+                logger.setLevel(logging.WARNING)  # devices and seeds are of no interest, nor is advertising
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         try:
             HiFTCallback(**config["hift"])
         except ValueError as error:
             parser.error(f'Parser key "hift": {error}')
 
+    @override
+    def before_instantiate_classes(self) -> None:
+        """For a subcommand that runs nothing, make a Trainer that needs no GPU and no logger."""
+        super().before_instantiate_classes()
+        if self.subcommand in _WITHOUT_A_RUN:
+            options = self.config[self.subcommand]["trainer"]
+            options["accelerator"], options["devices"], options["logger"] = "cpu", 1, False
+
     def groups(self, **kwargs: Any) -> None:
         """Run the subcommand ``groups``; what does not fit the model ends in a short message."""
+        self._show("groups", **kwargs)
+
+    def plan(self, **kwargs: Any) -> None:
+        """Run the subcommand ``plan``; what cannot be planned ends in a short message."""
+        self._show("plan", **kwargs)
+
+    def _show(self, subcommand: str, **kwargs: Any) -> None:
         try:
-            self.trainer.groups(**kwargs)  # type: ignore[attr-defined]
-        except ValueError as error:
+            getattr(self.trainer, subcommand)(**kwargs)
+        except (ValueError, RuntimeError) as error:
             self.parser.error(str(error))
+
+
+def _with_underscores(args: Sequence[str]) -> list[str]:
+    """Options of ``plan`` as Python spells them: ``--batch-size`` becomes ``--batch_size``."""
+    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(HiFTTrainer.plan).parameters}
+
+    def spelled(arg: str) -> str:
+        name, *value = arg.split("=", 1)
+        return "=".join([name[:2] + name[2:].replace("-", "_"), *value]) if name in known else arg
+
+    return [spelled(arg) for arg in args]
 
 
 def main(args: ArgsType = None) -> None:

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.master_weights import MasterWeights, check_master_weights
+from lightning_hift.memory import parse_bytes
 from lightning_hift.offload import Offload, StateOffloader, check_offload
 from lightning_hift.precision import HiFTPrecision
 
@@ -47,11 +48,14 @@ class HiFTStrategy(SingleDeviceStrategy):
             ``"none"`` rounds every update to 16 bits. ``"auto"``: ``"split"`` for bfloat16, ``"full"`` for float16.
         max_group_numel: Step larger layer groups in slices of so many elements, so that a huge embedding does not
             decide how much state the device must hold. For element-wise optimizers such as AdamW.
+        activation_budget: The most that may be held for the backward pass, such as ``"6GiB"`` or a number of bytes: as
+            many blocks are recomputed as the active group demands. See ``ActivationBudget``.
         checkpoint_io: As in Lightning; default: ``StreamingCheckpointIO``.
         precision_plugin: As in Lightning.
 
     Raises:
-        ValueError: ``offload`` or ``master_weights`` is unknown; ``offload_directory`` is missing, or given in vain.
+        ValueError: ``offload`` or ``master_weights`` is unknown; ``offload_directory`` is missing, or given in vain;
+            ``activation_budget`` is no size.
     """
 
     strategy_name = "hift"
@@ -66,6 +70,7 @@ class HiFTStrategy(SingleDeviceStrategy):
         pin_memory: bool = True,
         master_weights: MasterWeights = "auto",
         max_group_numel: int | None = None,
+        activation_budget: str | int | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
@@ -77,6 +82,9 @@ class HiFTStrategy(SingleDeviceStrategy):
         self.pin_memory = pin_memory
         self.master_weights: MasterWeights = master_weights
         self.max_group_numel = max_group_numel
+        self.activation_budget = (
+            None if activation_budget is None else parse_bytes(activation_budget, "activation_budget")
+        )
         super().__init__(
             "cpu" if device == "auto" else device,
             accelerator=accelerator,

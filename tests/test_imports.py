@@ -13,10 +13,12 @@ PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
     {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "proof", "table"}
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
-    | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"},
+    | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
+    | {"allocations", "memory", "probe"},
     {"engine", "attach", "lending", "lr_scheduler", "checkpointing"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
+    {"made_up_batch", "workload", "forecast", "proposal", "plan", "plan_report"},
     {"cli", "__main__"},
     {"benchmark"},
 ]

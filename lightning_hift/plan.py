@@ -1,0 +1,158 @@
+"""What a run will need, before it runs: bytes by place and kind, traffic, wear, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hift.forecast import Forecast, GroupPlan, Setup, forecast
+from lightning_hift.made_up_batch import ComputeLoss
+from lightning_hift.proposal import propose
+from lightning_hift.workload import Workload
+
+SUSTAINED_FLOPS = 125e12
+"""Assumed: 40 % of the dense bf16 peak of an A100."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``make_plan`` found; printed, it is a report.
+
+    Args:
+        forecast: Of the setup that was asked for, every group.
+        parameters: Of the model, frozen ones included.
+        always_active: Names of the units that train at every step.
+        comparison: Other ways to train the same model on the same batch.
+        proposal: The nearest setup that fits, if the one that was asked for does not.
+        changed: Names of the fields in which the proposal differs.
+        smallest: The best that could be found, if nothing fits.
+        device_memory: Bytes of the device, if a limit was given.
+        host_memory: Bytes of the host, likewise.
+        link: Bytes per second between host and device, each way.
+        sustained_flops: Multiplications and additions per second.
+        notes: What the plan leaves out or assumes.
+    """
+
+    forecast: Forecast
+    parameters: int
+    always_active: tuple[str, ...]
+    comparison: tuple[Forecast, ...]
+    proposal: Forecast | None
+    changed: tuple[str, ...]
+    smallest: Forecast | None
+    device_memory: int | None
+    host_memory: int | None
+    link: float
+    sustained_flops: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the setup that was asked for fits."""
+        return self.forecast.fits(self.device_memory, self.host_memory)
+
+    @property
+    def mean_flops_per_token(self) -> float:
+        """Over a sweep."""
+        groups = self.forecast.groups.values()
+        return sum(group.flops_per_token for group in groups) / len(groups)
+
+    def seconds(self, group: GroupPlan) -> float:
+        """Time of the transfer of a group's state, each way; both directions go at once."""
+        return group.traffic / self.link
+
+    def hiding_tokens(self, group: GroupPlan) -> float:
+        """Tokens per step from which on the transfer of this group is hidden by a mean step's computing."""
+        return self.seconds(group) * self.sustained_flops / self.mean_flops_per_token
+
+    @property
+    def written_per_1000_steps(self) -> float:
+        """Bytes that 1000 steps write, to the disk if that is where the state is: each releases one group's state."""
+        groups = self.forecast.groups.values()
+        return 1000 * sum(group.traffic for group in groups) / len(groups)
+
+    def __str__(self) -> str:
+        from lightning_hift.plan_report import format_plan
+
+        return format_plan(self)
+
+
+def make_plan(
+    model: nn.Module,
+    setup: Setup | None = None,
+    *,
+    optimizer: Callable[[Any], Optimizer] | None = None,
+    compute_loss: ComputeLoss | None = None,
+    units: Sequence[str | Sequence[str]] | None = None,
+    frozen: Sequence[str] | None = None,
+    always_active: Sequence[str] | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    link: float = 25e9,
+    sustained_flops: float = SUSTAINED_FLOPS,
+    compare: bool = True,
+) -> Plan:
+    """Find out what a run would need, without a GPU, and without memory for weights or activations.
+
+    Args:
+        model: On any device, "meta" included; it is not touched.
+        setup: The choices of the run; default: those of ``Setup``.
+        optimizer: Builds the optimizer from parameters; default: what ``configure_optimizers`` returns, or AdamW.
+        compute_loss: Maps a copy of the model without memory, the batch size and the sequence length to a loss, on
+            tensors on the device "cpu"; default: found for models that take ``input_ids``, or that have an
+            ``example_input_array``.
+        units: See ``attach_engines``.
+        frozen: See ``attach_engines``.
+        always_active: See ``attach_engines``.
+        device_memory: Bytes of the device; with it, a setup that does not fit is answered by one that does.
+        host_memory: Bytes of the host, likewise.
+        link: Bytes per second between host and device, each way.
+        sustained_flops: Multiplications and additions per second of the device on this model.
+        compare: Also plan full fine-tuning and the other kinds of masters, which takes several times as long.
+
+    Raises:
+        ValueError: The grouping does not fit the model; an argument is out of range.
+    """
+    setup = setup or Setup()
+    workload = Workload(model, optimizer, compute_loss, units=units, frozen=frozen, always_active=always_active)
+    asked = forecast(workload, setup, "as asked", every_group=True)
+    proposal, smallest = None, None
+    if not asked.fits(device_memory, host_memory):
+        proposal, smallest = propose(workload, asked, device_memory, host_memory)
+    changed = [name for name in vars(setup) if proposal and getattr(setup, name) != getattr(proposal.setup, name)]
+    return Plan(
+        asked,
+        sum(p.numel() for p in workload.model.parameters()),
+        tuple(unit.name for unit in workload.always_active),
+        tuple(_comparison(workload, setup)) if compare else (),
+        proposal,
+        tuple(changed),
+        smallest,
+        device_memory,
+        host_memory,
+        link,
+        sustained_flops,
+        tuple(workload.notes),
+    )
+
+
+def _comparison(workload: Workload, setup: Setup) -> list[Forecast]:
+    plain = replace(setup, activation_budget=None, max_group_numel=None, offload="host", prefetch=True, eight_bit=False)
+    everything = len(workload.units)
+    true32 = replace(plain, precision="32-true", master_weights="none")
+    half = replace(plain, precision="bf16-true")
+    rows = {
+        "full fine-tuning, fp32": replace(true32, group_size=everything, offload="none"),
+        "full fine-tuning, bf16-mixed": replace(
+            plain, precision="bf16-mixed", group_size=everything, offload="none", master_weights="none"
+        ),
+        "HiFT, fp32": true32,
+        "HiFT, Mixed^Hi, full masters": replace(half, master_weights="full"),
+        "HiFT, Mixed^Hi, split masters": replace(half, master_weights="split"),
+        "HiFT, Mixed^Hi, split, 8-bit state": replace(half, master_weights="split", eight_bit=True),
+    }
+    return [forecast(workload, other, name) for name, other in rows.items()]

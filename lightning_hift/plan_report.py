@@ -1,0 +1,188 @@
+"""A plan as text, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_hift.forecast import Forecast, GroupPlan
+from lightning_hift.plan import Plan
+from lightning_hift.table import format_bytes, format_table
+
+_KINDS = ("weights", "gradients", "state", "masters", "activations")
+# Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
+_COLOURS = {
+    "driver, CUDA context (assumed)": "#bbbbbb",
+    "weights": "#0072b2",
+    "gradients": "#e69f00",
+    "state": "#009e73",
+    "masters": "#cc79a7",
+    "activations": "#56b4e9",
+}
+
+
+def format_plan(plan: Plan) -> str:
+    """The whole plan in plain text: setup, groups, sums, comparison, verdict, notes."""
+    parts = [
+        _heading(plan),
+        _groups(plan),
+        _sums(plan),
+        _comparison(plan),
+        _verdict(plan),
+        "\n".join(f"Note: {note}" for note in plan.notes),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_markdown(plan: Plan, path: str | Path) -> None:
+    """Write the plan to a file, under the file's name as the title."""
+    Path(path).write_text(f"# Plan for {Path(path).stem}\n\n```text\n{format_plan(plan)}\n```\n")
+
+
+def _heading(plan: Plan) -> str:
+    setup = plan.forecast.setup
+    lines = [
+        f"{plan.parameters:,} parameters, {len(plan.forecast.groups)} layer groups, precision {setup.precision},"
+        f" masters: {setup.master_weights}, offload: {setup.offload},"
+        f" prefetch: {'yes' if setup.prefetch else 'no'}",
+        f"batch {setup.batch_size} x {setup.sequence_length} tokens,"
+        f" activation budget: {format_bytes(setup.activation_budget) if setup.activation_budget else 'none'},"
+        f" sliced above: {f'{setup.max_group_numel:,} elements' if setup.max_group_numel else 'never'}",
+    ]
+    if plan.always_active:
+        lines.append(f"always active, in every row: {', '.join(plan.always_active)}")
+    return "\n".join(lines)
+
+
+def _groups(plan: Plan) -> str:
+    header = ["group", "units", "parameters", *_KINDS, "at step", "peak", "transfer", "time", "hidden from"]
+    rows = [
+        [
+            index,
+            group.name,
+            f"{group.numel:,}",
+            *("unknown" if getattr(group, k) is None else format_bytes(getattr(group, k)) for k in _KINDS),
+            format_bytes(group.step),
+            format_bytes(group.peak),
+            format_bytes(group.traffic),
+            f"{1000 * plan.seconds(group):.1f} ms",
+            f"{plan.hiding_tokens(group):.0f} tokens",
+        ]
+        for index, group in plan.forecast.groups.items()
+    ]
+    return format_table(header, rows)
+
+
+def _sums(plan: Plan) -> str:
+    overhead = next(iter(plan.forecast.groups.values())).overhead
+    on_disk = plan.forecast.setup.offload == "disk"
+    written = f"{plan.written_per_1000_steps / 1e12:.2f} TB"
+    known = all(group.activations is not None for group in plan.forecast.groups.values())
+    rows = [
+        ["device, largest peak" + ("" if known else " without activations"), format_bytes(plan.forecast.peak)],
+        ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
+        ["host", format_bytes(plan.forecast.host_bytes)],
+        ["disk", format_bytes(plan.forecast.disk_bytes)],
+        ["written per 1000 steps" + ("" if on_disk else " if it were on disk"), written],
+    ]
+    rule = (
+        f"Transfers go both ways at once, each at {plan.link / 1e9:g} GB/s. They are hidden behind a step of as many"
+        f" tokens as the last column says, at\n{plan.sustained_flops / 1e12:g} TFLOP/s and"
+        f" {plan.mean_flops_per_token / 1e9:.3g} GFLOP per token (mean of a sweep). The peak is what the driver holds"
+        " plus the larger of two sums:\nthe five kinds (activations: what they need beyond the gradients), or all that"
+        " is there at the optimizer step."
+    )
+    return format_table(["place", "bytes"], rows) + "\n" + rule
+
+
+def _comparison(plan: Plan) -> str:
+    if not plan.comparison:
+        return ""
+    header = ["same batch, other ways", "device", "host", *_fit_header(plan)]
+    return format_table(header, [_row(plan, forecast) for forecast in (plan.forecast, *plan.comparison)])
+
+
+def _fit_header(plan: Plan) -> list[str]:
+    return ["fits"] if plan.device_memory or plan.host_memory else []
+
+
+def _row(plan: Plan, forecast: Forecast) -> list[str]:
+    fits = ["yes" if forecast.fits(plan.device_memory, plan.host_memory) else "no"] if _fit_header(plan) else []
+    return [forecast.name, format_bytes(forecast.peak), format_bytes(forecast.host_bytes), *fits]
+
+
+def _verdict(plan: Plan) -> str:
+    limits = {"device": plan.device_memory, "host": plan.host_memory}
+    room = " and ".join(f"{format_bytes(n)} on the {where}" for where, n in limits.items() if n is not None)
+    if not room:
+        return ""
+    if plan.fits:
+        return f"Fits {room}."
+    needs = f"{format_bytes(plan.forecast.peak)} on the device and {format_bytes(plan.forecast.host_bytes)} on the host"
+    verdict = f"Does not fit {room}: it needs {needs}."
+    if plan.proposal is not None:
+        found = plan.proposal
+        changes = ", ".join(f"{name}={_value(name, getattr(found.setup, name))}" for name in plan.changed)
+        return (
+            f"{verdict}\nThis fits, with {format_bytes(found.peak)} on the device, {format_bytes(found.host_bytes)} on"
+            f" the host and {format_bytes(found.disk_bytes)} on the disk: {changes}."
+        )
+    assert plan.smallest is not None
+    return (
+        f"{verdict}\nNothing that was tried fits. The smallest that works needs {format_bytes(plan.smallest.peak)} on"
+        f" the device and {format_bytes(plan.smallest.host_bytes)} on the host, with batch_size=1, every block"
+        " recomputed, and 16-bit weights."
+    )
+
+
+def _value(name: str, value: Any) -> str:
+    return f"{value / 2**30:g}GiB" if name == "activation_budget" and value else str(value)
+
+
+def plot_plan(plan: Plan, path: str | Path) -> None:
+    """Draw the device memory of each group, stacked by kind, to a file whose name ends in .png, .pdf or .svg.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("A plot needs matplotlib: pip install lightning-hift[plot]") from error
+
+    groups = plan.forecast.groups
+    figure = Figure(figsize=(max(7.0, min(16.0, 3.5 + 0.22 * len(groups))), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bottom = [0.0] * len(groups)
+    for kind, colour in _COLOURS.items():
+        heights = [_gib(group, kind) for group in groups.values()]
+        if any(heights):
+            axes.bar(list(groups), heights, bottom=bottom, width=1.0, color=colour, label=kind, linewidth=0)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    steps = [(group.step + group.overhead) / 2**30 for group in groups.values()]
+    axes.plot(list(groups), steps, color="black", linestyle="none", marker="_", markersize=5, label="at optimizer step")
+    if plan.device_memory is not None:
+        axes.axhline(plan.device_memory / 2**30, color="#d55e00", linestyle="--", linewidth=1.2)
+        label = f"device: {format_bytes(plan.device_memory)}"
+        axes.annotate(label, (1, plan.device_memory / 2**30), xycoords=("axes fraction", "data"), color="#d55e00",
+                      xytext=(-4, 3), textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+    setup = plan.forecast.setup
+    axes.set_title(
+        f"Device memory by active layer group: {plan.parameters / 1e9:.2f}B parameters, {setup.precision},"
+        f" masters {setup.master_weights}, batch {setup.batch_size} x {setup.sequence_length}",
+        fontsize=10,
+        loc="left",
+    )
+    axes.set_xlabel("active layer group, from the input upwards")
+    axes.set_ylabel("GiB")
+    axes.margins(x=0.01, y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
+    figure.savefig(path, dpi=150)
+
+
+def _gib(group: GroupPlan, kind: str) -> float:
+    value = group.overhead if kind not in _KINDS else getattr(group, kind)
+    return float(value or 0) / 2**30

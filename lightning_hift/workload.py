@@ -1,0 +1,251 @@
+"""A model as the planner sees it: groups, optimizer, arithmetic per token, and batches rehearsed without memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hift.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
+from lightning_hift.attach import attach_engines
+from lightning_hift.grouping import LayerGroup, LayerUnit, group_units
+from lightning_hift.made_up_batch import ComputeLoss, find_loss
+from lightning_hift.memory import StateBytes
+from lightning_hift.offload import StateOffloader
+from lightning_hift.probe import live_state_bytes, transient_bytes
+
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "64-true": (torch.float64, None),
+}
+_SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "None": "32-true"}
+
+
+def parse_precision(precision: object) -> tuple[str, torch.dtype, torch.dtype | None]:
+    """Lightning's name of a precision in full, the dtype of its weights, and that of its autocast.
+
+    Raises:
+        ValueError: The planner does not know it.
+    """
+    name = _SHORT.get(str(precision), str(precision))
+    if name not in _PRECISIONS:
+        raise ValueError(f"Got precision={precision!r}; the planner knows {', '.join(map(repr, _PRECISIONS))}.")
+    return name, *_PRECISIONS[name]
+
+
+class Workload:
+    """What a run of ``model`` consists of, whatever the precision and the batch.
+
+    Args:
+        model: On any device, "meta" included; it is not touched.
+        optimizer: Builds the optimizer from parameters; default: what ``configure_optimizers`` returns, or AdamW.
+        compute_loss: How a batch is computed; default: found for models that take ``input_ids``, or that have an
+            ``example_input_array``.
+        units: See ``attach_engines``.
+        frozen: See ``attach_engines``.
+        always_active: See ``attach_engines``.
+
+    Raises:
+        ValueError: The grouping does not fit the model, or there is more than one optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Any], Optimizer] | None = None,
+        compute_loss: ComputeLoss | None = None,
+        *,
+        units: Sequence[str | Sequence[str]] | None = None,
+        frozen: Sequence[str] | None = None,
+        always_active: Sequence[str] | None = None,
+    ) -> None:
+        self.notes: list[str] = []
+        self.model, _ = copy_without_memory(model)
+        self.optimizer = self._optimizer(optimizer)
+        (engine,) = attach_engines(
+            self.model,
+            [self.optimizer],
+            units=units,
+            frozen=frozen,
+            always_active=always_active,
+            make_offloader=lambda: StateOffloader("cpu"),
+            advance_on_step=False,
+        )
+        self.units: list[LayerUnit] = [unit for group in engine.groups for unit in group.units]
+        self.always_active = list(engine.always_active)
+        self._compute_loss = compute_loss or find_loss(self.model)
+        if self._compute_loss is None:
+            self.notes.append(
+                "Activations are not planned: no batch can be made up for this model. Give it an example_input_array,"
+                " or call make_plan with compute_loss."
+            )
+        self._multiplied = _multiplied_numel(self.model, [*self.units, *self.always_active])
+        self._rehearsals: dict[tuple[str, bool], Rehearsal] = {}
+        self._needs: dict[tuple[Any, ...], Needs] = {}
+        self._states: dict[torch.dtype, dict[nn.Parameter, StateBytes]] = {}
+        self._transients: dict[tuple[Any, ...], int] = {}
+
+    def _optimizer(self, make: Callable[[Any], Optimizer] | None) -> Optimizer:
+        if make is not None:
+            return make(self.model.parameters())
+        found: list[Optimizer] = []
+        if isinstance(self.model, pl.LightningModule):
+            try:
+                found = _optimizers_in(self.model.configure_optimizers())
+            except Exception as error:  # user code may want a Trainer, a data module, anything
+                self.notes.append(f"AdamW is planned for: configure_optimizers failed without a run ({error}).")
+        if len(found) > 1:
+            raise ValueError(f"Got {len(found)} optimizers from configure_optimizers; the planner takes one.")
+        return found[0] if found else torch.optim.AdamW(self.model.parameters())
+
+    def groups(self, group_size: int) -> list[LayerGroup]:
+        """Layer groups of ``group_size`` units each."""
+        return group_units(self.units, group_size)
+
+    def tensor_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all parameters and buffers if the floating-point ones are of ``dtype``."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+    def state(self, dtype: torch.dtype) -> Mapping[nn.Parameter, StateBytes]:
+        """Bytes of optimizer state per parameter, if parameters are stepped in ``dtype``."""
+        if dtype not in self._states:
+            self._states[dtype] = live_state_bytes(self.optimizer, dtype)
+        return self._states[dtype]
+
+    def transient(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> int:
+        """Temporary bytes of one optimizer step; see ``transient_bytes``."""
+        key = (dtype, tuple(tuple(p.shape) for p in parameters))
+        if key not in self._transients:
+            self._transients[key] = transient_bytes(self.optimizer, parameters, dtype)
+        return self._transients[key]
+
+    def needs(
+        self,
+        precision: str,
+        group_size: int,
+        batch_size: int,
+        sequence_length: int,
+        checkpointed: bool = False,
+        ends_only: bool = False,
+    ) -> dict[int, Needs] | None:
+        """What forward and backward need beside the weights, by active group.
+
+        Args:
+            precision: Lightning's name.
+            group_size: Layer units per group. At the number of units, there is one group.
+            batch_size: Rows per micro-batch.
+            sequence_length: Tokens per row.
+            checkpointed: Run every repeated block under activation checkpointing.
+            ends_only: Only the groups among which the largest peak is: the ends of each stretch of equal blocks.
+
+        Returns:
+            ``None`` if no batch can be computed; ``notes`` says why.
+        """
+        groups = self.groups(group_size)
+        alike = _alike(groups)
+
+        def measure(i: int) -> Needs:
+            key = (precision, group_size, i, batch_size, sequence_length, checkpointed)
+            if key not in self._needs:
+                self._needs[key] = self._rehearse(groups[i], precision, batch_size, sequence_length, checkpointed)
+            return self._needs[key]
+
+        if self._compute_loss is None:
+            return None
+        try:
+            if ends_only:
+                return {i: measure(i) for stretch in alike for i in (stretch[0], stretch[-1])}
+            saved = peaks_by_depth(lambda i: measure(i).saved, alike)
+            peaks = peaks_by_depth(lambda i: measure(i).peak, alike)
+            return {i: Needs(saved[i], peaks[i]) for i in saved}
+        except Exception as error:  # model code that needs the values of its tensors, and anything else
+            self._compute_loss = None
+            self.notes.append(f"Activations are not planned: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return None
+
+    def _rehearse(self, group: LayerGroup, precision: str, batch: int, length: int, checkpointed: bool) -> Needs:
+        if (precision, checkpointed) not in self._rehearsals:
+            _, dtype, autocast = parse_precision(precision)
+            blocks = self.blocks if checkpointed else ()
+            self._rehearsals[precision, checkpointed] = Rehearsal(self.model, dtype, autocast, blocks)
+        units = (*group.units, *self.always_active)
+        active = [p for unit in units for p in unit.parameters.values()]
+        compute = cast(ComputeLoss, self._compute_loss)
+        return self._rehearsals[precision, checkpointed].run(active, lambda model: compute(model, batch, length))
+
+    @property
+    def blocks(self) -> list[str]:
+        """Paths of the blocks: units with parameters of the same shapes as another one's."""
+        count = Counter(map(_shapes, self.units))
+        return [path for unit in self.units if count[_shapes(unit)] > 1 for path in unit.modules]
+
+    def flops_per_token(self, group: LayerGroup, checkpointed: bool = False) -> int:
+        """Multiplications and additions of a step in which ``group`` trains, in matrices of weights alone."""
+        units = [*self.units, *self.always_active]
+        trained = [i for i, unit in enumerate(units) if unit in group.units or unit in self.always_active]
+        position = self._positions()
+        lowest = min(position[i] for i in trained)
+        crossed = sum(n for i, n in enumerate(self._multiplied[1]) if position[i] >= lowest)
+        updated = sum(self._multiplied[1][i] for i in trained)
+        return 2 * (self._multiplied[0] + crossed + updated + (crossed if checkpointed else 0))
+
+    def _positions(self) -> list[int]:
+        """The place of each unit in the forward pass: always-active units are kept apart, but are in it."""
+        order = {id(p): place for place, p in enumerate(self.model.parameters())}
+        units = [*self.units, *self.always_active]
+        place = [min(order[id(p)] for p in unit.parameters.values()) for unit in units]
+        if not self.always_active:
+            return list(range(len(units)))
+        rank = {value: index for index, value in enumerate(sorted(place))}
+        return [rank[value] for value in place]
+
+
+def _shapes(part: LayerUnit | LayerGroup) -> tuple[torch.Size, ...]:
+    return tuple(p.shape for p in part.parameters.values())
+
+
+def _alike(groups: Sequence[LayerGroup]) -> list[range]:
+    """Stretches of neighbouring groups with parameters of the same shapes."""
+    stretches = []
+    for _, members in groupby(enumerate(groups), key=lambda pair: _shapes(pair[1])):
+        indices = [i for i, _ in members]
+        stretches.append(range(indices[0], indices[-1] + 1))
+    return stretches
+
+
+def _multiplied_numel(model: nn.Module, units: Sequence[LayerUnit]) -> tuple[int, list[int]]:
+    """Elements of weight matrices that each token is multiplied with: in all, and by unit. A tied one counts twice."""
+    by_unit, total = [0] * len(units), 0
+    homes = {path: i for i, unit in enumerate(units) for path in unit.modules}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        numel = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        total += numel
+        parts = path.split(".")
+        home = next((homes[h] for n in range(len(parts), 0, -1) if (h := ".".join(parts[:n])) in homes), None)
+        if home is not None:
+            by_unit[home] += numel
+    return total, by_unit
+
+
+def _optimizers_in(configured: Any) -> list[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return _optimizers_in(configured.get("optimizer"))
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for part in configured for optimizer in _optimizers_in(part)]
+    return []
