@@ -162,12 +162,11 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
             axes.bar(list(groups), heights, bottom=bottom, width=1.0, color=colour, label=kind, linewidth=0)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     steps = [(group.step + group.overhead) / 2**30 for group in groups.values()]
-    axes.plot(list(groups), steps, color="black", linestyle="none", marker="_", markersize=5, label="at optimizer step")
+    left, right = [i - 0.5 for i in groups], [i + 0.5 for i in groups]
+    axes.hlines(steps, left, right, color="black", linewidth=1.2, label="at the optimizer step")
     if plan.device_memory is not None:
-        axes.axhline(plan.device_memory / 2**30, color="#d55e00", linestyle="--", linewidth=1.2)
-        label = f"device: {format_bytes(plan.device_memory)}"
-        axes.annotate(label, (1, plan.device_memory / 2**30), xycoords=("axes fraction", "data"), color="#d55e00",
-                      xytext=(-4, 3), textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+        limit, label = plan.device_memory / 2**30, f"device: {format_bytes(plan.device_memory)}"
+        axes.axhline(limit, color="#d55e00", linestyle="--", linewidth=1.5, label=label)
     setup = plan.forecast.setup
     axes.set_title(
         f"Device memory by active layer group: {plan.parameters / 1e9:.2f}B parameters, {setup.precision},"

@@ -304,4 +304,4 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
         [sys.executable, "-m", "lightning_hift", "--help"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "{fit,validate,test,predict,groups}" in done.stdout
+    assert "{fit,validate,test,predict,groups,plan}" in done.stdout

@@ -159,10 +159,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "llama in bf16": {"model": ("llama", LLAMA), "precision": "bf16-true"},
     "llama, groups of 2, large batch": {"model": ("llama", LLAMA), "group_size": 2, "batch_size": 16},
     "llama, checkpointed": {"model": ("llama", LLAMA), "checkpointed": True, "batch_size": 8},
-    "llama, bf16, checkpointed": {"model": ("llama", LLAMA), "checkpointed": True, "precision": "bf16-true"},
-    "llama, head always": {"model": ("llama", LLAMA), "always_active": ["head"]},
+    "llama, head always, momentum": {
+        "model": ("llama", LLAMA),
+        "always_active": ["head"],
+        "optimizer": partial(torch.optim.SGD, momentum=0.9),
+    },
     "llama, large vocabulary": {"model": ("llama", {**LLAMA, "vocab_size": 4096})},
-    "llama, SGD": {"model": ("llama", LLAMA), "optimizer": torch.optim.SGD},
     "gpt2": {"model": ("gpt2", GPT2)},
     "gpt2 in bf16, groups of 3": {"model": ("gpt2", GPT2), "precision": "bf16-true", "group_size": 3},
     "bert": {"model": ("bert", BERT), "batch_size": 8},
@@ -207,7 +209,7 @@ def test_prediction_against_real_training(run: dict[str, Any]) -> None:
         opt = optimizer(network.parameters(), lr=1e-3)
         engine = HiFTEngine.attach(network, opt, group_size=setup.group_size, always_active=always_active)
         peaks = {}
-        for _ in range(2 * len(engine.groups)):
+        for _ in range(len(engine.groups) + 1):
             index, before = engine.active_group.index, tracker.current
             group = predicted.groups[index]
             tracker.reset_peak()
@@ -392,7 +394,7 @@ def test_smallest_device_is_named_when_nothing_fits() -> None:
     assert plan.proposal is None
     assert plan.smallest is not None
     assert "Nothing that was tried fits. The smallest that works needs 614." in str(plan)
-    assert propose(plan.smallest.peak).proposal is not None
+    assert (plan.smallest.setup.batch_size, plan.smallest.setup.prefetch) == (1, False)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -478,10 +480,10 @@ def test_shipped_configurations_are_planned(
     first = path.read_text().splitlines()[0].removeprefix("# lightning-hift ")
     assert f"--config {path.relative_to(ROOT)}" in first
     monkeypatch.chdir(ROOT)
-    shallow = ["--model.model_config.num_hidden_layers=3", "--compare=false"]
+    shallow = ["--model.model_config.num_hidden_layers=2", "--compare=false"]
     monkeypatch.setattr(sys, "argv", ["lightning-hift", *first.split(), *shallow])
     HiFTCLI()
-    assert "5 layer groups, precision bf16-true, masters: split" in capsys.readouterr().out
+    assert "4 layer groups, precision bf16-true, masters: split" in capsys.readouterr().out
     shipped = (ROOT / "examples" / "plans" / f"{path.stem}.md").read_text()
     layers = options_of(path.stem)["model_config"]["num_hidden_layers"]
     assert f"{layers + 2} layer groups, precision bf16-true" in shipped
