@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine, parameters_of
-from lightning_hift.grouping import find_layer_units, group_units, select_parameters, select_units
+from lightning_hift.grouping import (
+    LayerGroup,
+    LayerUnit,
+    find_layer_units,
+    group_units,
+    select_parameters,
+    select_units,
+)
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.schedule import Order, SweepSchedule, check_order
@@ -61,36 +69,21 @@ def attach_engines(
         RuntimeError: An optimizer is already under another engine.
     """
     check_order(order, reshuffle)
-    units = [units] if isinstance(units, str) else units
-    frozen = [frozen] if isinstance(frozen, str) else frozen
-    always_active = [always_active] if isinstance(always_active, str) else always_active
-    held_back = list(select_parameters(model, frozen).values()) if frozen else []
+    found = find_groups(
+        model, optimizers, group_size=group_size, units=units, frozen=frozen, always_active=always_active
+    )
+    held_back = _select_frozen(model, frozen)
     engines: list[HiFTEngine] = []
     for p in held_back:
         p.requires_grad_(False)
     try:
-        check_coverage(model, optimizers)
-        found = []
-        for optimizer in optimizers:
-            found.append(find_layer_units(model, units, parameters=parameters_of(optimizer)))
-        always = select_units([u for part in found for u in part], always_active) if always_active else []
-        for optimizer, part in zip(optimizers, found, strict=True):
-            rotating = [unit for unit in part if unit not in always]
-            if not rotating:
-                raise ValueError(
-                    "always_active matches every layer unit, which leaves nothing to rotate. That is full fine-tuning:"
-                    f" use group_size={len(part)} for it."
-                )
-            groups = group_units(rotating, group_size)
-            schedule = SweepSchedule(len(groups), order, reshuffle, steps_per_group, seed)
-            fixed = [unit for unit in part if unit in always]
-            offloader = make_offloader() if make_offloader else None
+        for optimizer, (groups, fixed) in zip(optimizers, found, strict=True):
             engine = HiFTEngine(
                 optimizer,
                 groups,
-                schedule,
+                SweepSchedule(len(groups), order, reshuffle, steps_per_group, seed),
                 fixed,
-                offloader,
+                make_offloader() if make_offloader else None,
                 advance_on_step,
                 held_back,
                 master_weights,
@@ -105,6 +98,58 @@ def attach_engines(
             p.requires_grad_(True)
         raise
     return engines
+
+
+class OptimizerGroups(NamedTuple):
+    """What one optimizer trains.
+
+    Args:
+        groups: Its layer groups, which take turns.
+        always_active: Units that train at every step.
+    """
+
+    groups: list[LayerGroup]
+    always_active: list[LayerUnit]
+
+
+def find_groups(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    group_size: int = 1,
+    units: Sequence[str | Sequence[str]] | None = None,
+    frozen: Sequence[str] | None = None,
+    always_active: Sequence[str] | None = None,
+) -> list[OptimizerGroups]:
+    """The layer groups of each optimizer, as ``attach_engines`` would form them. Nothing is changed; see there."""
+    units = [units] if isinstance(units, str) else units
+    always_active = [always_active] if isinstance(always_active, str) else always_active
+    held_back = _select_frozen(model, frozen)
+    for p in held_back:
+        p.requires_grad_(False)
+    try:
+        check_coverage(model, optimizers)
+        found = [find_layer_units(model, units, parameters=parameters_of(optimizer)) for optimizer in optimizers]
+        always = select_units([u for part in found for u in part], always_active) if always_active else []
+        return [_divide(part, [unit for unit in part if unit in always], group_size) for part in found]
+    finally:
+        for p in held_back:
+            p.requires_grad_(True)
+
+
+def _divide(units: list[LayerUnit], fixed: list[LayerUnit], group_size: int) -> OptimizerGroups:
+    rotating = [unit for unit in units if unit not in fixed]
+    if not rotating:
+        raise ValueError(
+            "always_active matches every layer unit, which leaves nothing to rotate. That is full fine-tuning:"
+            f" use group_size={len(units)} for it."
+        )
+    return OptimizerGroups(group_units(rotating, group_size), fixed)
+
+
+def _select_frozen(model: nn.Module, frozen: Sequence[str] | None) -> list[nn.Parameter]:
+    frozen = [frozen] if isinstance(frozen, str) else frozen
+    return list(select_parameters(model, frozen).values()) if frozen else []
 
 
 def check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

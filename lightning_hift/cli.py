@@ -13,11 +13,10 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
-from lightning_hift.attach import attach_engines
+from lightning_hift.attach import find_groups
 from lightning_hift.callback import HiFTCallback, describe_groups
 from lightning_hift.forecast import Setup
 from lightning_hift.memory import parse_bytes
-from lightning_hift.offload import StateOffloader
 from lightning_hift.plan import SUSTAINED_FLOPS, make_plan
 from lightning_hift.plan_report import plot_plan, write_markdown
 
@@ -45,18 +44,15 @@ class HiFTTrainer(pl.Trainer):
         with torch.device("meta"):
             model.configure_model()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        (engine,) = attach_engines(
+        (found,) = find_groups(
             model,
             [optimizer],
             group_size=callback.group_size,
             units=callback.units,
             frozen=callback.frozen,
             always_active=callback.always_active,
-            make_offloader=lambda: StateOffloader("cpu"),
-            advance_on_step=False,  # nothing is to be frozen or stepped
         )
-        print(describe_groups(engine.groups, engine.always_active))
-        engine.close()
+        print(describe_groups(found.groups, found.always_active))
 
     def plan(
         self,

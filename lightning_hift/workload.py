@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
-from lightning_hift.attach import attach_engines
+from lightning_hift.attach import find_groups
 from lightning_hift.grouping import LayerGroup, LayerUnit, group_units
 from lightning_hift.made_up_batch import ComputeLoss, find_loss
 from lightning_hift.memory import StateBytes
-from lightning_hift.offload import StateOffloader
+from lightning_hift.optimizer_checks import check_optimizer
 from lightning_hift.probe import live_state_bytes, transient_bytes
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -72,17 +72,10 @@ class Workload:
         self.notes: list[str] = []
         self.model, _ = copy_without_memory(model)
         self.optimizer = self._optimizer(optimizer)
-        (engine,) = attach_engines(
-            self.model,
-            [self.optimizer],
-            units=units,
-            frozen=frozen,
-            always_active=always_active,
-            make_offloader=lambda: StateOffloader("cpu"),
-            advance_on_step=False,
-        )
-        self.units: list[LayerUnit] = [unit for group in engine.groups for unit in group.units]
-        self.always_active = list(engine.always_active)
+        check_optimizer(self.optimizer)
+        (found,) = find_groups(self.model, [self.optimizer], units=units, frozen=frozen, always_active=always_active)
+        self.units: list[LayerUnit] = [unit for group in found.groups for unit in group.units]
+        self.always_active = found.always_active
         self._compute_loss = compute_loss or find_loss(self.model)
         if self._compute_loss is None:
             self.notes.append(
