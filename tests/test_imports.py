@@ -18,7 +18,7 @@ FLOORS = [
     {"engine", "attach", "lending", "lr_scheduler", "checkpointing"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"},
     {"tasks", "data"},
-    {"made_up_batch", "workload", "forecast", "proposal", "plan", "plan_report"},
+    {"planner"},
     {"cli", "__main__"},
     {"benchmark"},
 ]

@@ -16,12 +16,12 @@ from torch import Tensor
 from lightning_hift import HiFTEngine, StateOffloader
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.cli import HiFTCLI
-from lightning_hift.forecast import Setup, forecast
 from lightning_hift.memory import CONTEXT_BYTES
-from lightning_hift.plan import Plan, make_plan
-from lightning_hift.plan_report import plot_plan
+from lightning_hift.planner.forecast import Setup, forecast
+from lightning_hift.planner.plan import Plan, make_plan
+from lightning_hift.planner.report import plot_plan
+from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.causal_lm import build_network
-from lightning_hift.workload import Workload
 from tests.lagging import LaggingDevice
 from tests.models import Net
 

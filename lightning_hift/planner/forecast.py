@@ -17,8 +17,8 @@ from lightning_hift.memory import (
     StateBytes,
     group_bytes,
 )
+from lightning_hift.planner.workload import Workload, parse_precision
 from lightning_hift.table import format_bytes
-from lightning_hift.workload import Workload, parse_precision
 
 _EIGHT_BIT = 2 * (1 + 4 / 256)  # two codes a parameter, and one float32 scale for each block of 256
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median_low
 
-from lightning_hift.forecast import Forecast, Setup, forecast, smallest_budget
-from lightning_hift.workload import Workload
+from lightning_hift.planner.forecast import Forecast, Setup, forecast, smallest_budget
+from lightning_hift.planner.workload import Workload
 
 _GRAIN = 2**28  # activation budgets are proposed in steps of 256 MiB
 

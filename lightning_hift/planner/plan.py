@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.forecast import Forecast, GroupPlan, Setup, forecast
-from lightning_hift.made_up_batch import ComputeLoss
-from lightning_hift.proposal import propose
-from lightning_hift.workload import Workload
+from lightning_hift.planner.forecast import Forecast, GroupPlan, Setup, forecast
+from lightning_hift.planner.made_up_batch import ComputeLoss
+from lightning_hift.planner.proposal import propose
+from lightning_hift.planner.workload import Workload
 
 SUSTAINED_FLOPS = 125e12
 """Assumed: 40 % of the dense bf16 peak of an A100."""
@@ -76,7 +76,7 @@ class Plan:
         return 1000 * sum(group.traffic for group in groups) / len(groups)
 
     def __str__(self) -> str:
-        from lightning_hift.plan_report import format_plan
+        from lightning_hift.planner.report import format_plan
 
         return format_plan(self)
 

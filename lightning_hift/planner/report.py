@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_hift.forecast import Forecast, GroupPlan
-from lightning_hift.plan import Plan
+from lightning_hift.planner.forecast import Forecast, GroupPlan
+from lightning_hift.planner.plan import Plan
 from lightning_hift.table import format_bytes, format_table
 
 _KINDS = ("weights", "gradients", "state", "masters", "activations")

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from lightning_hift.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.attach import find_groups
 from lightning_hift.grouping import LayerGroup, LayerUnit, group_units
-from lightning_hift.made_up_batch import ComputeLoss, find_loss
 from lightning_hift.memory import StateBytes
 from lightning_hift.optimizer_checks import check_optimizer
+from lightning_hift.planner.made_up_batch import ComputeLoss, find_loss
 from lightning_hift.probe import live_state_bytes, transient_bytes
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

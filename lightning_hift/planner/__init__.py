@@ -1,0 +1,1 @@
+"""What a run will need, before it is started: bytes by group, transfer times, and what would fit."""
