@@ -104,6 +104,12 @@ class HiFTCallback(Callback):
         return [group for engine in self._engines for group in engine.groups]
 
     @property
+    def grouping(self) -> dict[str, Any]:
+        """How groups are formed, as arguments of ``find_groups``."""
+        names = ("group_size", "units", "frozen", "always_active")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def active_group(self) -> LayerGroup:
         """The group that trains now (the first optimizer's, if there are several).
 
@@ -154,13 +160,10 @@ class HiFTCallback(Callback):
         self._engines = attach_engines(
             trainer.lightning_module,
             strategy.optimizers,
-            group_size=self.group_size,
             order=self.order,
             reshuffle=self.reshuffle,
             steps_per_group=self.steps_per_group,
-            units=self.units,
-            frozen=self.frozen,
-            always_active=self.always_active,
+            **self.grouping,
             seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
             advance_on_step=False,
             **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),

@@ -44,14 +44,7 @@ class HiFTTrainer(pl.Trainer):
         with torch.device("meta"):
             model.configure_model()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        (found,) = find_groups(
-            model,
-            [optimizer],
-            group_size=callback.group_size,
-            units=callback.units,
-            frozen=callback.frozen,
-            always_active=callback.always_active,
-        )
+        (found,) = find_groups(model, [optimizer], **callback.grouping)
         print(describe_groups(found.groups, found.always_active))
 
     def plan(

@@ -174,13 +174,15 @@ def available_host_memory(root: str | os.PathLike[str] = "/") -> int | None:
     meminfo = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root, "proc/meminfo"), re.MULTILINE)
     if meminfo:
         found.append(int(meminfo[1]) * 1024)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        numbers = [_read(root, f"sys/fs/cgroup/{name}").strip() for name in (limit, used)]
+        numbers = [_read(root, f"{folder}/{name}").strip() for name in (limit, used)]
         if all(n.isdigit() for n in numbers):
-            found.append(max(0, int(numbers[0]) - int(numbers[1])))
+            # What files have left in the cache is counted as used, but given back on demand.
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", _read(root, f"{folder}/memory.stat"), re.MULTILINE)
+            found.append(max(0, int(numbers[0]) - int(numbers[1]) + sum(map(int, cached))))
     return min(found) if found else None
 
 

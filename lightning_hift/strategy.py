@@ -9,7 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,12 +20,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hift.attach import find_groups
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.master_weights import MasterWeights, check_master_weights
 from lightning_hift.memory import parse_bytes
 from lightning_hift.offload import Offload, StateOffloader, check_offload
 from lightning_hift.precision import HiFTPrecision
+from lightning_hift.preflight import check_before_run
 
 
 class HiFTStrategy(SingleDeviceStrategy):
@@ -151,6 +155,7 @@ class HiFTStrategy(SingleDeviceStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._hift = self._callback(trainer)
+            self._check_memory(self._hift)
             self._hift.attach(trainer)
         if takes_masters:  # from the weights as they were, layer by layer; only then is the rest rounded
             self.model = self.precision_plugin.convert_module(self.model)
@@ -189,6 +194,23 @@ class HiFTStrategy(SingleDeviceStrategy):
         if self._hift is None or self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
             return ()
         return self._hift.engines
+
+    def _check_memory(self, callback: HiFTCallback) -> None:
+        """Before anything is allocated."""
+        assert self.model is not None
+        optimizers = [o for o in self.optimizers if not isinstance(o, _MockOptimizer)]
+        told = check_before_run(
+            self.model,
+            optimizers,
+            find_groups(self.model, optimizers, **callback.grouping) if optimizers else [],
+            self.root_device,
+            offload=self.offload,
+            directory=self.offload_directory,
+            steps_per_group=callback.steps_per_group,
+            **{key: value for key, value in self.engine_options.items() if key != "make_offloader"},
+        )
+        if told is not None:
+            rank_zero_info(told)
 
     def _callback(self, trainer: pl.Trainer) -> HiFTCallback:
         return next(c for c in trainer.callbacks if isinstance(c, HiFTCallback))  # type: ignore[attr-defined]

@@ -262,3 +262,5 @@ def test_available_host_memory(tmp_path: Path) -> None:
     assert available_host_memory(tmp_path) == 4000 * 1024
     (group / "memory.max").write_text("5000\n")
     assert available_host_memory(tmp_path) == 4000
+    (group / "memory.stat").write_text("anon 600\ninactive_file 300\nactive_file 40\nfile 350\n")
+    assert available_host_memory(tmp_path) == 4340

@@ -245,3 +245,44 @@ def test_disk_without_directory_and_directory_without_disk(tmp_path):
         HiFTStrategy(offload="disk")
     with pytest.raises(ValueError, match="offload='host' with the directory"):
         HiFTStrategy(offload="host", offload_directory=str(tmp_path))
+
+
+# --- before the run ---------------------------------------------------------------------------------------------------
+
+
+def test_host_that_is_too_small_is_refused_with_the_sum(monkeypatch):
+    monkeypatch.setattr("lightning_hift.preflight.available_host_memory", lambda: 9000)
+    model = Automatic()
+    with pytest.raises(
+        RuntimeError, match=r"needs at least 9.32 KiB on the host, which has 8.79 KiB[\s\S]*all groups +9"
+    ):
+        trainer(strategy="hift").fit(model, loader(2))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_masters_are_part_of_the_sum(monkeypatch):
+    monkeypatch.setattr("lightning_hift.preflight.available_host_memory", lambda: 9000)
+    for mode, fits in {"none": True, "split": False}.items():
+        run = trainer(strategy=HiFTStrategy(master_weights=mode), precision="bf16-true")
+        if fits:
+            run.fit(Automatic(), loader(2))
+        else:
+            with pytest.raises(RuntimeError, match=r"masters of all groups +2.33 KiB"):
+                run.fit(Automatic(), loader(2))
+
+
+def test_disk_that_is_too_small_is_refused(monkeypatch, tmp_path):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=9000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RuntimeError, match=r"needs 9.32 KiB in .*, where 8.79 KiB are free"):
+        trainer(strategy=HiFTStrategy(offload="disk", offload_directory=str(tmp_path))).fit(Automatic(), loader(2))
+
+
+def test_wear_of_the_disk_is_printed(caplog, tmp_path):
+    caplog.set_level("INFO")
+    trainer(strategy=HiFTStrategy(offload="disk", offload_directory=str(tmp_path))).fit(Automatic(), loader(2))
+    # 9544 bytes in five groups, a thousand times
+    assert "optimizer state takes 9.32 KiB in" in caplog.text
+    assert "1,000 steps write about 1.82 MiB" in caplog.text

@@ -1,0 +1,117 @@
+"""Before a run: will weights, gradients, optimizer state and masters fit where they are to be kept?
+
+Activations depend on the batch and are not counted; ``lightning-hift plan`` counts them, too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hift.attach import OptimizerGroups
+from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.master_weights import HALF_DTYPES, MasterWeights, resolve_master_weights
+from lightning_hift.memory import GroupBytes, StateBytes, available_host_memory, check_memory, group_bytes
+from lightning_hift.offload import Offload
+from lightning_hift.probe import live_state_bytes
+from lightning_hift.table import format_bytes
+
+
+def check_before_run(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    found: Sequence[OptimizerGroups],
+    device: torch.device,
+    *,
+    offload: Offload = "host",
+    directory: str | os.PathLike[str] | None = None,
+    master_weights: MasterWeights = "auto",
+    weights_dtype: torch.dtype | None = None,
+    max_group_numel: int | None = None,
+    steps_per_group: int = 1,
+) -> str | None:
+    """Refuse a run that cannot fit on its device, host or disk.
+
+    Args:
+        model: On the host still, with weights as they were made.
+        optimizers: Its optimizers, which are not changed.
+        found: The groups of each.
+        device: Where the run will be.
+        offload: See ``StateOffloader``.
+        directory: See ``StateOffloader``.
+        master_weights: See ``HiFTEngine``.
+        weights_dtype: See ``HiFTEngine``.
+        max_group_numel: See ``HiFTEngine``.
+        steps_per_group: Optimizer steps between two moves of state.
+
+    Returns:
+        For ``"disk"``, what the run will do to it. ``None`` otherwise, or where the state cannot be foretold.
+
+    Raises:
+        RuntimeError: It does not fit; with the sum, line by line.
+        ValueError: The masters are impossible; see ``resolve_master_weights``.
+    """
+    try:
+        rotating, fixed = _bytes_of(optimizers, found, master_weights, weights_dtype, max_group_numel)
+    except RuntimeError:  # a foreign optimizer may refuse to be tried out; it will be measured by running it
+        return None
+    on_host = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+    weights = sum(t.numel() * _dtype(t, weights_dtype).itemsize for t in (*model.parameters(), *model.buffers()))
+    leaving = on_host if device.type != "cpu" else max(0, on_host - weights)
+    free = available_host_memory()
+    check_memory(
+        weights,
+        rotating,
+        fixed,
+        device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        host_memory=None if free is None else free + leaving,
+        offload=offload,
+        overhead=0,
+    )
+    return None if directory is None else _check_disk(directory, [*rotating, *fixed], len(rotating) * steps_per_group)
+
+
+def _bytes_of(
+    optimizers: Sequence[Optimizer],
+    found: Sequence[OptimizerGroups],
+    master_weights: MasterWeights,
+    weights_dtype: torch.dtype | None,
+    max_group_numel: int | None,
+) -> tuple[list[GroupBytes], list[GroupBytes]]:
+    rotating: list[GroupBytes] = []
+    fixed: list[GroupBytes] = []
+    for optimizer, (groups, always) in zip(optimizers, found, strict=True):
+        units = [*(unit for group in groups for unit in group.units), *always]
+        dtypes = {_dtype(p, weights_dtype) for unit in units for p in unit.parameters.values()}
+        masters = resolve_master_weights(master_weights, dtypes)
+        states = live_state_bytes(optimizer, torch.float32 if masters != "none" and dtypes <= {*HALF_DTYPES} else None)
+
+        for parts, into in ((groups, rotating), (always, fixed)):
+            for part in cast(Sequence[LayerGroup | LayerUnit], parts):
+                parameters = list(part.parameters.values())
+                of_each = [states.get(p, StateBytes()) for p in parameters]
+                into.append(group_bytes(part.name, parameters, of_each, masters, weights_dtype, max_group_numel))
+    return rotating, fixed
+
+
+def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], steps_per_sweep: int) -> str:
+    total, free = sum(g.state + g.masters for g in groups), shutil.disk_usage(directory).free
+    if total > free:
+        raise RuntimeError(
+            f"The optimizer state needs {format_bytes(total)} in {directory}, where {format_bytes(free)} are free."
+            " Free some space, name another offload_directory, or use an optimizer with 8-bit state."
+        )
+    return (
+        f"HiFT: optimizer state takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free); 1,000 steps"
+        f" write about {format_bytes(1000 * total / steps_per_sweep)} to it."
+    )
+
+
+def _dtype(tensor: torch.Tensor, weights_dtype: torch.dtype | None) -> torch.dtype:
+    return weights_dtype if weights_dtype is not None and tensor.is_floating_point() else tensor.dtype
