@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_hift.attach import attach_engines
+from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
     from lightning_hift.module import HiFTModule
+    from lightning_hift.planner.plan import make_plan
+    from lightning_hift.precision import HiFTPrecision
     from lightning_hift.strategy import HiFTStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationBudget",
     "HiFTCLI",
     "HiFTCallback",
     "HiFTEngine",
     "HiFTModule",
+    "HiFTPrecision",
     "HiFTStrategy",
     "LayerGroup",
     "LayerUnit",
@@ -37,6 +42,7 @@ __all__ = [
     "attach_engines",
     "find_layer_units",
     "group_units",
+    "make_plan",
 ]
 
 # Imported on first use: a plain torch loop needs no Lightning, which also brings in torchmetrics and transformers.
@@ -44,8 +50,10 @@ _NEEDS_LIGHTNING = {
     "HiFTCLI": "cli",
     "HiFTCallback": "callback",
     "HiFTModule": "module",
+    "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",
     "StreamingCheckpointIO": "checkpoint_io",
+    "make_plan": "planner.plan",
 }
 
 

@@ -36,17 +36,19 @@ def test_readme_python_runs(code, tmp_path):
 
 
 def test_readme_commands_on_the_readme_yaml(tmp_path):
-    (text,) = blocks("yaml")
-    assert text.startswith("# run.yaml\n")
-    (tmp_path / "run.yaml").write_text(text)
+    for text in blocks("yaml"):
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.yaml", "run.yaml"]
     commands = [line.split("#")[0].strip() for line in "".join(blocks("bash")).splitlines()]
     ours = [line for line in commands if line.startswith("lightning-hift")]
-    assert [line.split()[1] for line in ours] == ["groups", "fit"]
-    outputs = [run(line.split(), tmp_path) for line in ours]
+    assert [line.split()[1] for line in ours] == ["groups", "fit", "plan"]
+    outputs = [run(line.split(), tmp_path) for line in [*ours, "lightning-hift fit --config memory.yaml"]]
     for result in outputs:
         assert result.returncode == 0, result.stderr
     assert "head" in outputs[0].stdout
-    assert "first sweep done, all" in outputs[1].stdout + outputs[1].stderr
+    assert "same batch, other ways" in outputs[2].stdout
+    for result in (outputs[1], outputs[3]):
+        assert "first sweep done, all" in result.stdout + result.stderr
 
 
 def test_readme_make_targets_exist():
