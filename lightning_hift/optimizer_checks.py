@@ -24,7 +24,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         if isinstance(optimizer, kind):
             _refuse(kind, reason)
     inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
-    if inner is not None:
+    if inner is not None and not (inner.state is optimizer.state and inner.param_groups is optimizer.param_groups):
         _refuse(type(optimizer), f"it wraps {type(inner).__name__}, which holds the state and steps by itself")
     if getattr(optimizer, "is_paged", False):
         _refuse(type(optimizer), "it pages its state in and out by itself, which offload='host' does already")

@@ -198,11 +198,12 @@ class HiFTStrategy(SingleDeviceStrategy):
     def _check_memory(self, callback: HiFTCallback) -> None:
         """Before anything is allocated."""
         assert self.model is not None
-        optimizers = [o for o in self.optimizers if not isinstance(o, _MockOptimizer)]
+        if any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
+            return
         told = check_before_run(
             self.model,
-            optimizers,
-            find_groups(self.model, optimizers, **callback.grouping) if optimizers else [],
+            self.optimizers,
+            find_groups(self.model, self.optimizers, **callback.grouping),
             self.root_device,
             offload=self.offload,
             directory=self.offload_directory,
