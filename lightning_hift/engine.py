@@ -99,7 +99,7 @@ class HiFTEngine:
         for piece in (*(piece for turns in self._turns for turn in turns for piece in turn), *self._fixed):
             self._pieces.setdefault(piece.parameter, []).append(piece)
         self._group_index = {p: group.index for group in self.groups for p in group.parameters.values()}
-        self._check_slicing(max_group_numel, weights_dtype)
+        self._check_slicing(max_group_numel)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
 
@@ -253,15 +253,25 @@ class HiFTEngine:
             " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
         )
 
-    def prepare_step(self) -> None:
+    def prepare_step(self, slices: bool = True) -> None:
         """Put the active group's float32 masters in the place of its 16-bit weights, and float32 gradients likewise.
 
-        ``optimizer.step`` does so by itself. Call it before, once backward is done, to clip in full precision; a group
-        that is stepped in slices stays in 16 bits until then. Without masters it does nothing.
+        ``optimizer.step`` does so by itself. Call it before, once backward is done, to clip in full precision. Without
+        masters it does nothing.
+
+        Args:
+            slices: Also raise the gradients of what is stepped in slices, as a whole, which takes 4 bytes an element.
         """
+        if self._closed or self.master_weights == "none":
+            return
+        self._prepare_whole()
+        if slices:
+            self._lender.raise_gradients(p for p in self._active if p.grad is not None)
+
+    def _prepare_whole(self) -> None:
+        """Raise the precision of what is not stepped in slices."""
         turns = self._turns_at(self.step - self._step_counted)
-        if not self._closed:
-            self._lender.prepare([*(turns[0] if len(turns) == 1 else ()), *self._fixed])
+        self._lender.prepare([*(turns[0] if len(turns) == 1 else ()), *self._fixed])
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
@@ -278,8 +288,6 @@ class HiFTEngine:
         self._closed = True
         for p in (*self.parameters.values(), *self._held_back):
             p.requires_grad_(True)
-        if self._lender.is_lent:
-            self._lender.take_back(self._active_group.index)
         self._lender.cancel()
         self.offloader.release_all()
         self.offloader.remove_files()
@@ -292,6 +300,8 @@ class HiFTEngine:
         if self._closed:
             self._hand_back()
             return None
+        if self._lender.is_lent:
+            self._lender.cancel()  # an earlier step has failed half-way
         # args[0] is the optimizer itself; a closure runs forward and backward inside step.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -319,7 +329,7 @@ class HiFTEngine:
                 " count. In training_step, step what self.optimizers() returns (without use_pl_optimizer=False), and"
                 " nowhere else."
             )
-        self.prepare_step()
+        self._prepare_whole()
         # All but the last are stepped here; the step that is under way then does the last one.
         rounds: list[tuple[int | str, list[Piece]]] = [(_ALWAYS, self._fixed)] if self._fixed else []
         turns = self._turns_at(self.step - 1)
@@ -327,7 +337,7 @@ class HiFTEngine:
         for owner, turn in rounds[:-1]:
             self._lend(owner, turn)
             _bare_step(self.optimizer)
-            self._take_back(owner, keep_options=turn is self._fixed)
+            self._take_back(keep_options=turn is self._fixed)
             if turn is not self._fixed:
                 self._hold(turns[turns.index(turn) + 1])
         self._lend(*rounds[-1])
@@ -339,15 +349,17 @@ class HiFTEngine:
         if self._proof is not None and self.step <= self.schedule.steps_per_sweep:
             self._proof.before_step(pieces)
 
-    def _take_back(self, owner: int | str, keep_options: bool = True) -> None:
+    def _take_back(self, keep_options: bool = True) -> None:
         if self._proof is not None:
             self._proof.after_step()
-        self._lender.take_back(owner, keep_options)
+        self._lender.take_back(keep_options)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
-        self._take_back(self._active_group.index)
+        self._take_back()
+        self._lender.lower_gradients()
+        self.offloader.end_step()
         check_counts(optimizer, self._counts)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
@@ -398,7 +410,6 @@ class HiFTEngine:
         masters = position["masters"] if position is not None else {}
         kept: dict[nn.Parameter, State] = {}
         index = 0
-        self.offloader.clear()
         for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for saved_id, p in zip(saved_group["params"], group["params"], strict=True):
                 state = cast_state(rest.pop(saved_id, {}), next(dtypes), self._lender.dtype_of(p))
@@ -406,6 +417,8 @@ class HiFTEngine:
                     master = self._lender.restored_master(piece, masters.get(index))
                     kept[piece.handle] = split_state(state, piece) | master
                 index += 1
+        self._lender.cancel()
+        self.offloader.forget(keep=kept.keys())
         self._put(kept, saved_groups)
         self.step = position["step"] if position is not None else 0
         self._active_group = self.groups[self.schedule.group_at(self.step)]
@@ -443,7 +456,7 @@ class HiFTEngine:
             if turn:
                 self._lender.lend(turn, owner, to_step=False)
                 getattr(type(self.optimizer), name)(self.optimizer)
-                self._lender.take_back(owner, keep_options=turn is self._fixed or turn is self._turns[int(owner)][-1])
+                self._lender.take_back(keep_options=turn is self._fixed or turn is self._turns[int(owner)][-1])
                 self._hold([])
         if not self._closed:
             self._hold(self._turns_at(self.step)[0])
@@ -495,14 +508,15 @@ class HiFTEngine:
             for p in parameters_of(self.optimizer)
             if p in state
         }
-        self._put(
-            {
-                piece.handle: split_state(values, piece)
-                for p, values in existing.items()
-                for piece in self._pieces_of(p)
-            },
-            self.optimizer.param_groups,
-        )
+        states = {
+            piece.handle: split_state(values, piece) for p, values in existing.items() for piece in self._pieces_of(p)
+        }
+        try:
+            self._put(states, self.optimizer.param_groups)
+        except OSError:
+            for p, values in existing.items():
+                state[p] = values
+            raise
 
     def _put(self, states: Mapping[nn.Parameter, State], options: Sequence[Mapping[str, Any]]) -> None:
         """Keep ``states``, those of one layer group side by side. ``options``: the param_groups that they come from."""
@@ -529,7 +543,7 @@ class HiFTEngine:
             self.step, self._proof = other.step, None
         other._hand_back(to_device=False)
 
-    def _check_slicing(self, max_group_numel: int | None, weights_dtype: torch.dtype | None) -> None:
+    def _check_slicing(self, max_group_numel: int | None) -> None:
         if max_group_numel is not None and max_group_numel < 1:
             raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
         sliced = [group for group, turns in zip(self.groups, self._turns, strict=True) if len(turns) > 1]
@@ -539,11 +553,6 @@ class HiFTEngine:
                 f"Got max_group_numel={max_group_numel:,}, and group {largest.name} has {largest.numel:,} elements, but"
                 f" {type(self.optimizer).__name__} does not compute the same for slices as for the whole."
                 " Use an element-wise optimizer, such as torch.optim.AdamW, or leave max_group_numel out."
-            )
-        if sliced and weights_dtype == torch.float16:
-            raise ValueError(
-                f"Got max_group_numel={max_group_numel:,} with float16 weights. Their gradients must be unscaled as a"
-                " whole in 32 bits, which slices are there to avoid. Use precision='bf16-true', or leave it out."
             )
 
     def _fingerprint(self) -> dict[str, Any]:

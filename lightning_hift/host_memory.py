@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import shutil
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 _FOLDER = "hift-state-"
+_HOST = platform.node()
 
 
 class HostMemory:
@@ -102,7 +104,7 @@ class HostMemory:
             raise OSError(
                 error.errno,
                 f"Could not reserve {nbytes:,} bytes for optimizer state in {folder} ({error.strerror}; {free:,} bytes"
-                " are free). The state is safe in memory. Free some space, or name another directory.",
+                " are free). Nothing was lost. Free some space, or name another directory.",
             ) from error
 
 
@@ -132,7 +134,7 @@ def _make_folder(directory: Path) -> Path:
         raise NotADirectoryError(f"{directory} is no directory. Create it, or name one that exists.")
     _remove_leftovers(directory)
     try:
-        return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=directory))
+        return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{_HOST}-{os.getpid()}-", dir=directory))
     except OSError as error:
         raise PermissionError(
             error.errno, f"Cannot write to {directory} ({error.strerror}). Name a directory that can be written to."
@@ -145,9 +147,9 @@ def _remove_folder(folder: Path, owner: int) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Delete what killed processes have left there."""
-    for folder in directory.glob(f"{_FOLDER}*-*"):
-        process = folder.name.removeprefix(_FOLDER).split("-")[0]
+    """Delete what killed processes of this machine have left there."""
+    for folder in directory.glob(f"{_FOLDER}{_HOST}-*-*"):
+        process = folder.name.removeprefix(f"{_FOLDER}{_HOST}-").split("-")[0]
         if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_hift.master_weights import HALF_DTYPES, join_master, split_master, store_master
+from lightning_hift.master_weights import HALF_DTYPES, join_master, recheck_master, split_master, store_master
 from lightning_hift.offload import StateOffloader
 from lightning_hift.row_slices import Piece, join_states
 from lightning_hift.state_tree import State
@@ -47,7 +47,8 @@ class Lender:
         self._live: dict[nn.Parameter, Tensor] = {}  # by handle: the weights that stand aside for their masters
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._replaced: list[tuple[list[Any], int, nn.Parameter]] = []
-        self._versions: dict[nn.Parameter, int] = {}
+        self._raised: list[nn.Parameter] = []  # those whose gradients are float32, and their weights are not
+        self._owner: Hashable = None
         self._all_groups = optimizer.param_groups
 
     @property
@@ -66,6 +67,15 @@ class Lender:
         for piece in pieces:
             self._raise_precision(piece, bags.get(piece.handle, {}))
 
+    def raise_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make the gradients of 16-bit ``parameters`` float32 ones, and leave their weights as they are."""
+        for p in parameters:
+            if p.grad is not None and self.dtype_of(p) != p.grad.dtype:
+                gradient, p.grad = p.grad, None
+                p.grad_dtype = torch.float32
+                p.grad = gradient.float()
+                self._raised.append(p)
+
     def lend(
         self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter] = (), to_step: bool = True
     ) -> None:
@@ -78,15 +88,22 @@ class Lender:
             to_step: Whether it is for a step, which leaves out what has no gradient.
         """
         with record_function("HiFT::lend"):
-            self._lend(pieces, owner, hide, to_step)
+            self._pieces, self._owner = list(pieces), owner
+            self._all_groups = self._optimizer.param_groups
+            self.options.enter(owner)
+            try:
+                self._lend(hide, to_step)
+            except BaseException:
+                self.take_back(keep_options=False)
+                raise
 
-    def _lend(self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter], to_step: bool) -> None:
+    def _lend(self, hide: Iterable[nn.Parameter], to_step: bool) -> None:
         for p in hide:
             if p.grad is not None:
                 self._hidden.append((p, p.grad))
                 p.grad = None
-        bags = self._offloader.take([piece.handle for piece in pieces])
-        for piece in pieces:
+        bags = self._offloader.take([piece.handle for piece in self._pieces])
+        for piece in self._pieces:
             bag = dict(bags.get(piece.handle, {}))
             if not piece.is_whole:
                 self._put_in_place(piece)
@@ -95,46 +112,50 @@ class Lender:
             self._kept[piece.handle] = {key: bag.pop(key) for key in _OURS if key in bag}
             if bag:
                 self._optimizer.state[piece.handle] = bag
-        self._pieces = list(pieces)
-        self.options.enter(owner)
         # As if there were no others: some optimizers stumble over a param_group without gradients.
-        self._all_groups = self._optimizer.param_groups
-        lent = {piece.handle for piece in pieces}
+        lent = {piece.handle for piece in self._pieces}
         self._optimizer.param_groups = [g for g in self._all_groups if not lent.isdisjoint(g["params"])]
 
-    def take_back(self, owner: Hashable, keep_options: bool = True) -> None:
+    def take_back(self, keep_options: bool = True) -> None:
         """Take back what ``lend`` has handed over, changed or not."""
         with record_function("HiFT::take_back"):
-            self._take_back(owner, keep_options)
-
-    def _take_back(self, owner: Hashable, keep_options: bool) -> None:
-        self._optimizer.param_groups = self._all_groups
-        self.options.leave(owner, keep_options)
-        for entries, index, p in self._replaced:
-            entries[index] = p
-        for p, gradient in self._hidden:
-            p.grad = gradient
-        self._replaced, self._hidden = [], []
-        # Reading optimizer.state[p] makes an empty entry, which must not take the place of the state that is kept.
-        state = self._optimizer.state
-        taken = {p: values for p in list(state) if isinstance(p, nn.Parameter) and (values := state.pop(p))}
-        for piece in self._pieces:
-            kept = self._kept.pop(piece.handle)
-            if piece.handle in self._live:
-                self._lower_precision(piece, kept)
-            elif not piece.is_whole:
-                self._put_back(piece)
-            if kept:
-                taken[piece.handle] = {**taken.get(piece.handle, {}), **kept}
-        self._pieces = []
-        self._offloader.give(taken)
+            self._optimizer.param_groups = self._all_groups
+            self.options.leave(self._owner, keep_options)
+            for entries, index, p in self._replaced:
+                entries[index] = p
+            for p, gradient in self._hidden:
+                p.grad = gradient
+            self._replaced, self._hidden = [], []
+            # Reading optimizer.state[p] makes an empty entry, which must not take the place of the state that is kept.
+            state = self._optimizer.state
+            taken = {p: values for p in list(state) if isinstance(p, nn.Parameter) and (values := state.pop(p))}
+            for piece in self._pieces:
+                kept = self._kept.pop(piece.handle, {})
+                if piece.handle in self._live:
+                    kept = self._lower_precision(piece, kept)
+                elif not piece.is_whole:
+                    self._put_back(piece)
+                if kept:
+                    taken[piece.handle] = {**taken.get(piece.handle, {}), **kept}
+            self._pieces = []
+            self._offloader.give(taken)
 
     def cancel(self) -> None:
-        """Undo ``prepare``: the step will not take place, and its gradients are dropped."""
+        """Undo what is under way: take back what is on loan, undo ``prepare``, and drop the gradients it has made."""
+        if self._pieces:
+            self.take_back()
         for handle, live in self._live.items():
             handle.grad = None
             handle.data = live
         self._live = {}
+        self.lower_gradients()
+
+    def lower_gradients(self) -> None:
+        """Drop the gradients that ``raise_gradients`` has made."""
+        for p in self._raised:
+            p.grad = None
+            p.grad_dtype = p.dtype
+        self._raised = []
 
     # --- slices -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +169,8 @@ class Lender:
             )
         handle.grad = None
         handle.data = piece.rows_of(p.detach())
-        handle.grad = None if p.grad is None else piece.rows_of(p.grad)
+        if p.grad is not None and p.grad.dtype == handle.dtype:  # another one comes with the master
+            handle.grad = piece.rows_of(p.grad)
         for entries in (group["params"] for group in self._optimizer.param_groups):
             for index, entry in enumerate(entries):
                 if entry is p:
@@ -157,9 +179,9 @@ class Lender:
 
     def _put_back(self, piece: Piece) -> None:
         rows = piece.rows_of(piece.parameter.detach())
-        if piece.handle.data_ptr() != rows.data_ptr():  # the optimizer has made new weights
+        if piece.handle.shape == rows.shape and piece.handle.data_ptr() != rows.data_ptr():  # it has made new weights
             rows.copy_(piece.handle.detach())
-        piece.handle.grad = None
+        _empty(piece.handle)
 
     # --- master weights -----------------------------------------------------------------------------------------------
 
@@ -196,7 +218,6 @@ class Lender:
                 live = torch.empty_like(p, dtype=dtype, requires_grad=False)
                 store_master(p.detach().float(), live)
                 p.data = live
-            self._versions[p] = p._version
 
     def dtype_of(self, p: nn.Parameter) -> torch.dtype:
         """The dtype in which ``p`` is stepped."""
@@ -224,41 +245,43 @@ class Lender:
                 saved = piece.rows_of(saved)
                 weight.copy_(join_master(weight.cpu().bfloat16(), saved) if saved.dtype == torch.int16 else saved)
             return {}
-        self._versions.pop(p, None)
         if saved is None:
             return self._packed(weight.float())
         saved = piece.rows_of(saved)
-        if saved.dtype == torch.int16:
-            return (
-                {_REMAINDER: saved} if self.master_weights == "split" else {_MASTER: join_master(weight.cpu(), saved)}
-            )
-        return self._packed(saved)
+        # A remainder stays one until the first step: the weights that it belongs to may still have to be loaded.
+        return {_REMAINDER: saved} if saved.dtype == torch.int16 else self._packed(saved)
 
     def _packed(self, master: Tensor) -> State:
         return {_MASTER: master} if self.master_weights == "full" else {_REMAINDER: split_master(master)[1]}
 
     def _raise_precision(self, piece: Piece, bag: State, to_step: bool = True) -> None:
         p, handle = piece.parameter, piece.handle
-        gradient = p.grad if piece.is_whole else handle.grad
+        gradient = None if p.grad is None else piece.rows_of(p.grad)
         if (gradient is None and to_step) or bag.keys().isdisjoint(_OURS):
             return
         live = piece.rows_of(p.detach())
-        if self._versions.setdefault(p, p._version) != p._version:
-            master = live.float()  # someone has put other weights there: load_state_dict, an average
-            if _MASTER in bag:
-                master = bag[_MASTER].copy_(master)
-        else:
-            master = bag[_MASTER] if _MASTER in bag else join_master(live, bag[_REMAINDER])
+        # Where someone has set other weights (load_state_dict, clamping), those become the masters.
+        master = recheck_master(bag[_MASTER], live) if _MASTER in bag else join_master(live, bag[_REMAINDER])
         self._live[handle] = live
         handle.grad = None
         handle.data = master
         handle.grad = None if gradient is None else gradient.float()
 
-    def _lower_precision(self, piece: Piece, kept: State) -> None:
+    def _lower_precision(self, piece: Piece, kept: State) -> State:
         handle, live = piece.handle, self._live.pop(piece.handle)
-        store_master(handle.detach(), live, kept.get(_REMAINDER))
-        if _MASTER in kept:
-            kept[_MASTER] = handle.detach()
+        if self.master_weights == "full":
+            store_master(handle.detach(), live)
+            kept = {_MASTER: handle.detach()}
+        else:
+            store_master(handle.detach(), live, kept[_REMAINDER])
         handle.grad = None
         handle.data = live
-        self._versions[piece.parameter] = piece.parameter._version
+        if not piece.is_whole:
+            _empty(handle)
+        return kept
+
+
+def _empty(handle: nn.Parameter) -> None:
+    """Let a stand-in hold on to nothing."""
+    handle.grad = None
+    handle.data = handle.new_empty(0)

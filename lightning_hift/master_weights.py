@@ -97,11 +97,31 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(live: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 weight and its int16 remainder."""
+    """The float32 master of a bfloat16 weight and its int16 remainder.
+
+    A remainder that cannot be that of this weight, because someone has changed the weight since, counts as 0.
+    """
     bits = live.contiguous().view(torch.int16).to(torch.int32)
     bits <<= 16
     bits += remainder
-    return bits.view(torch.float32)
+    return _unless_changed(bits.view(torch.float32), live)
+
+
+def recheck_master(master: Tensor, live: Tensor) -> Tensor:
+    """Set ``master`` (float32) anew, in place, where the live weight is not the rounded master any more."""
+    return _unless_changed(master, live)
+
+
+def _unless_changed(master: Tensor, live: Tensor) -> Tensor:
+    if not (master.is_contiguous() and live.is_contiguous()):
+        parts = [(master, live)]
+    else:
+        parts = list(zip(torch.split(master.view(-1), _PART), torch.split(live.view(-1), _PART), strict=True))
+    for part, live_part in parts:
+        rounded = split_master(part)[0] if live.dtype == torch.bfloat16 else part.to(live.dtype)
+        same = rounded.view(torch.int16) == live_part.contiguous().view(torch.int16)
+        part.copy_(torch.where(same, part, live_part.float()))
+    return master
 
 
 def _names(dtypes: set[torch.dtype]) -> str:

@@ -127,6 +127,11 @@ class StateOffloader:
             for place in kept.places.values()
         )
 
+    def end_step(self) -> None:
+        """What is waited for from now on belongs to the next step."""
+        if self._transfers is not None:
+            self._transfers.end_step()
+
     def exposed_ms(self) -> float:
         """Milliseconds for which the last known step had to wait for state. Does not wait for the device."""
         return 0.0 if self._transfers is None else self._transfers.exposed_ms()
@@ -151,21 +156,27 @@ class StateOffloader:
             OSError: The disk is full.
         """
         flat = {owner: flatten_state(state) for owner, state in states.items()}
-        hosts = iter(self._host_like([tensor for each in flat.values() for tensor in each.tensors]))
-        for owner, (tensors, labels, rebuild) in flat.items():
-            places = {label: _Place(next(hosts), label[0] not in stays_on_host) for label in labels}
-            for place, tensor in zip(places.values(), tensors, strict=True):
-                place.host.copy_(tensor)
-            self._store[owner] = _Kept(places, rebuild)
+        kept = self._make_places(flat, arriving=True)
+        for owner, (tensors, labels, _) in flat.items():
+            for label, tensor in zip(labels, tensors, strict=True):
+                place = kept[owner].places[label]
+                if place.host.data_ptr() != tensor.data_ptr():
+                    place.host.copy_(tensor)
+                    place.moves = label[0] not in stays_on_host
             self._resident.pop(owner, None)
+        self._store |= kept
+
+    def forget(self, keep: Collection[Owner]) -> None:
+        """Forget what is on the device, and all state but that of ``keep``, whose places may be used again."""
+        self.drain()
+        self._drop_incoming()
+        self._resident.clear()
+        self._in_slot.clear()
+        self._store = {owner: kept for owner, kept in self._store.items() if owner in keep}
 
     def clear(self) -> None:
         """Forget all state."""
-        self.drain()
-        self._drop_incoming()
-        self._store.clear()
-        self._resident.clear()
-        self._in_slot.clear()
+        self.forget(keep=())
 
     def hold(self, owners: Iterable[Owner], always: Iterable[Owner] = ()) -> None:
         """Make ``owners`` those whose state is on the device: release what leaves, fetch what arrives.
@@ -289,6 +300,9 @@ class StateOffloader:
         """Make what was fetched part of what is on the device."""
         self._wait(self._incoming.event)
         self._resident |= self._incoming.states
+        if self.offload == "none":  # the host has had them for the way only
+            for owner in self._incoming.states:
+                del self._store[owner]
         self._incoming = _InFlight({}, None)
 
     def _drop_incoming(self) -> None:
@@ -328,41 +342,54 @@ class StateOffloader:
 
     # --- places on the host -------------------------------------------------------------------------------------------
 
-    def _make_places(self, flat: Mapping[Owner, FlatState]) -> dict[Owner, _Kept]:
-        """A place for each tensor: the one it had before where that still fits. Changes nothing if the disk is full."""
+    def _make_places(self, flat: Mapping[Owner, FlatState], arriving: bool = False) -> dict[Owner, _Kept]:
+        """A place for each tensor, the one it had before where that fits. Changes nothing if the disk is full.
+
+        Args:
+            flat: State that is on the device, or comes from elsewhere.
+            arriving: It comes from elsewhere, and will be copied.
+        """
         found: dict[Owner, dict[tuple[Any, int], _Place | None]] = {}
         homeless: list[tuple[Owner, tuple[Any, int], Tensor]] = []
         for owner, each in flat.items():
             before = self._store[owner].places if owner in self._store else {}
             found[owner] = {}
             for label, tensor in zip(each.labels, each.tensors, strict=True):
-                place = self._place_of(tensor, before.get(label))
+                place = self._place_of(tensor, before.get(label), arriving)
                 if place is None:
                     homeless.append((owner, label, tensor))
                 found[owner][label] = place
         new = self._host_like([tensor for *_, tensor in homeless])
-        for (owner, label, tensor), host in zip(homeless, new, strict=True):
+        for (owner, label, _), host in zip(homeless, new, strict=True):
             found[owner][label] = _Place(host, moves=True)
-            if self._transfers is None:
-                host.copy_(tensor)
-        return {
+        kept = {
             owner: _Kept({label: place for label, place in found[owner].items() if place is not None}, each.rebuild)
             for owner, each in flat.items()
         }
-
-    def _place_of(self, tensor: Tensor, old: _Place | None) -> _Place | None:
-        """A place that needs no new memory; ``None`` if there is none."""
-        if old is not None and old.host.data_ptr() == tensor.data_ptr() and old.host.shape == tensor.shape:
-            return _Place(tensor, old.moves)
         if self._transfers is None:
-            return None if self.offload == "disk" else _Place(tensor, moves=True)
+            for owner, each in flat.items():
+                for tensor, place in zip(each.tensors, kept[owner].places.values(), strict=True):
+                    if place.host.data_ptr() != tensor.data_ptr():
+                        place.host.copy_(tensor)
+        return kept
+
+    def _place_of(self, tensor: Tensor, old: _Place | None, arriving: bool) -> _Place | None:
+        """A place that needs no new memory; ``None`` if there is none."""
+        fits = old is not None and old.host.shape == tensor.shape and old.host.dtype == tensor.dtype
+        if old is not None and fits and old.host.device == tensor.device and old.host.data_ptr() == tensor.data_ptr():
+            return old
+        if arriving:
+            return old if fits else None
+        if self._transfers is None:
+            return (old if fits else None) if self.offload == "disk" else _Place(tensor, moves=True)
         if tensor.device.type != self.device.type:
             return _Place(tensor, moves=False)
-        fits = old is not None and old.moves and old.host.shape == tensor.shape and old.host.dtype == tensor.dtype
-        return old if fits else None
+        return old if fits and old is not None and old.moves else None
 
     def _host_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Host memory with the shapes and dtypes of ``tensors``, and their strides where those leave no gaps."""
+        if self._transfers is None and self.device.type != "cpu":
+            return [torch.empty_like(tensor, device=self.device) for tensor in tensors]
         flats = self._memory.allocate(tensors)
         strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]
         return [f.as_strided(t.shape, stride) for f, t, stride in zip(flats, tensors, strides, strict=True)]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,7 +40,6 @@ class HiFTPrecision(HalfPrecision):
         if scaler is not None and precision == "bf16-true":
             raise ValueError("Got a scaler with precision='bf16-true', whose range needs none. Leave it out.")
         self.scaler = scaler
-        self._loaded: dict[str, Any] = {}
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -53,10 +52,7 @@ class HiFTPrecision(HalfPrecision):
 
     @override
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        if self.precision == "16-true":
-            if self.scaler is None:
-                self.scaler = torch.amp.GradScaler(device=tensor.device.type)
-                self.load_state_dict(self._loaded)
+        if self.scaler is not None:
             tensor = self.scaler.scale(tensor)
         return super().pre_backward(tensor, module)
 
@@ -66,15 +62,15 @@ class HiFTPrecision(HalfPrecision):
     ) -> Any:
         engine = _engine_of(optimizer)
         try:
-            if self.precision != "16-true":
+            if self.scaler is None:
                 return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
             result = closure()
             # In manual optimization the closure returns nothing; in automatic, nothing means that there was no loss.
             has_gradients = result is not None or not model.automatic_optimization
-            if self.scaler is None or not has_gradients:
+            if not has_gradients:
                 self._after_closure(model, optimizer)
                 return result
-            engine.prepare_step()  # float16 gradients would lose small values in being unscaled
+            engine.prepare_step()  # in float16, small gradients would be lost in being unscaled
             self.scaler.unscale_(optimizer)
             self._after_closure(model, optimizer)
             output = self.scaler.step(optimizer, **kwargs)
@@ -84,9 +80,25 @@ class HiFTPrecision(HalfPrecision):
             engine.cancel_step()
 
     @override
-    def _after_closure(self, model: pl.LightningModule, optimizer: Steppable) -> None:
-        _engine_of(optimizer).prepare_step()
+    def _after_closure(self, model: pl.LightningModule, optimizer: Any) -> None:
+        _engine_of(optimizer).prepare_step(slices=False)
         super()._after_closure(model, optimizer)
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if clip_val > 0:
+            _engine_of(optimizer).prepare_step()
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    def make_scaler(self, device: torch.device) -> None:
+        """Make the scaler of ``"16-true"``, if there is none yet."""
+        if self.precision == "16-true" and self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device=device.type)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +106,6 @@ class HiFTPrecision(HalfPrecision):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lightning_hift.row_slices import Piece
 
+_PART = 2**22  # elements
+
 
 class SweepReport(NamedTuple):
     """What the first sweep did.
@@ -73,4 +75,7 @@ def _checksum(parameter: nn.Parameter) -> Tensor:
     values = parameter.detach()
     values = torch.view_as_real(values) if values.is_complex() else values
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
-    return torch.stack([values.sum(dtype=dtype), torch.linalg.vector_norm(values, dtype=dtype)])
+    # In parts: some devices copy what they sum up in another dtype.
+    parts = torch.split(values.reshape(-1), _PART)
+    sums = [torch.stack([part.sum(dtype=dtype), torch.linalg.vector_norm(part, dtype=dtype)]) for part in parts]
+    return torch.stack(sums).sum(dim=0)

@@ -60,7 +60,8 @@ def cut_into_turns(parameters: Sequence[nn.Parameter], max_numel: int | None) ->
         pieces = [Piece(p, p)] if p.numel() <= max_numel else _cut(p, max_numel)
         for piece in pieces:
             numel = piece.rows_of(p).numel()
-            if numel > free:
+            # Two slices of one parameter never share a turn: in the optimizer they take the same place.
+            if numel > free or (turns and turns[-1] and turns[-1][-1].parameter is p):
                 turns.append([])
                 free = max(max_numel, numel)
             turns[-1].append(piece)
@@ -108,7 +109,7 @@ def _cut(parameter: nn.Parameter, max_numel: int) -> list[Piece]:
     starts = range(0, rows, step)
     stops = [min(start + step, rows) for start in starts]
     return [
-        Piece(parameter, nn.Parameter(parameter.detach()[start:stop], requires_grad=False), start, stop)
+        Piece(parameter, nn.Parameter(parameter.new_empty(0), requires_grad=False), start, stop)
         for start, stop in zip(starts, stops, strict=True)
     ]
 

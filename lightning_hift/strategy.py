@@ -149,7 +149,15 @@ class HiFTStrategy(SingleDeviceStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        takes_masters = isinstance(self.precision_plugin, HiFTPrecision)
+        plugin = self.precision_plugin
+        takes_masters = isinstance(plugin, HiFTPrecision)
+        if isinstance(plugin, HiFTPrecision):
+            if self.master_weights == "none":
+                raise ValueError(
+                    "Got HiFTPrecision, which steps master weights, with master_weights='none'. Use another"
+                    f" master_weights, or Lightning's own precision={plugin.precision!r}."
+                )
+            plugin.make_scaler(self.root_device)
         if not takes_masters:
             self.model = self.precision_plugin.convert_module(self.model)
         if trainer.state.fn == TrainerFn.FITTING:

@@ -106,7 +106,9 @@ class Transfers:
         self._load_stream = self._streams.Stream(device=device)
         self._save_stream = self._streams.Stream(device=device)
         self._thread = ThreadPoolExecutor(1, "hift-copies") if in_thread else None
-        self._waits: deque[tuple[Any, Any]] = deque(maxlen=64)
+        self._step = 0
+        self._waits: deque[tuple[int, Any, Any]] = deque(maxlen=256)
+        self._sums: dict[int, float] = {}
         self._exposed_ms = 0.0
 
     def save(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -165,13 +167,22 @@ class Transfers:
         """Measure how long the waits inside keep the compute stream from going on."""
         begin = self._now()
         yield
-        self._waits.append((begin, self._now()))
+        self._waits.append((self._step, begin, self._now()))
+
+    def end_step(self) -> None:
+        """The waits from now on belong to the next step."""
+        self._step += 1
 
     def exposed_ms(self) -> float:
-        """Milliseconds that the last waits took, as far as is known without waiting."""
-        while self._waits and self._waits[0][1].query():
-            begin, end = self._waits.popleft()
-            self._exposed_ms = begin.elapsed_time(end)
+        """Milliseconds that the waits of one step took: the last one for which it is known without waiting for it."""
+        while self._waits and self._waits[0][2].query():
+            step, begin, end = self._waits.popleft()
+            self._sums[step] = self._sums.get(step, 0.0) + begin.elapsed_time(end)
+        pending = min([step for step, *_ in self._waits], default=self._step)
+        known = [step for step in self._sums if step < pending]
+        if known:
+            self._exposed_ms = self._sums[max(known)]
+            self._sums = {step: total for step, total in self._sums.items() if step >= pending}
         return self._exposed_ms
 
     def _now(self) -> Any:

@@ -282,9 +282,14 @@ def test_exposed_milliseconds():
     assert offloader.exposed_ms() == 0
     make_slot(offloader)
     offloader.drain()
+    offloader.end_step()
+    offloader.exposed_ms()
     offloader.put({p: {"m": torch.ones(3)}})
     offloader.hold([p])
     offloader.take([p])
+    offloader.take([p])
+    offloader.end_step()
     assert offloader.exposed_ms() == 1
     offloader.take([p])
+    offloader.end_step()
     assert offloader.exposed_ms() == 0

@@ -1,5 +1,8 @@
 """Large groups stepped in slices of rows: the same result with less state on the device."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch import nn
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
 from lightning_hift.row_slices import cut_into_turns, steps_element_wise
 from tests.lagging import LaggingDevice
-from tests.models import Automatic, ResumableLoader, assert_same_weights, loader, next_token_loss, tokens, trainer
+from tests.models import Automatic, Net, ResumableLoader, assert_same_weights, loader, next_token_loss, tokens, trainer
 
 WIDTH, VOCABULARY = 64, 50
 
@@ -108,11 +111,6 @@ def test_resume_with_another_limit(saved_with, resumed_with):
 
 
 def test_in_a_trainer_with_resume(tmp_path):
-    class Module(Automatic):
-        def __init__(self):
-            super().__init__()
-            self.net = Tall()
-
     def run(steps, limit, model, **options):
         fitting = trainer(strategy=HiFTStrategy(max_group_numel=limit), max_steps=steps, max_epochs=None)
         fitting.fit(model, ResumableLoader(tokens(11)), **options)
@@ -126,11 +124,6 @@ def test_in_a_trainer_with_resume(tmp_path):
 
 
 def test_every_slice_is_proved_to_have_moved(caplog):
-    class Module(Automatic):
-        def __init__(self):
-            super().__init__()
-            self.net = Tall()
-
     trainer(strategy=HiFTStrategy(max_group_numel=300), callbacks=[HiFTCallback()]).fit(Module(), loader(6))
     assert "all 7 trainable parameters were updated" in caplog.text
 
@@ -168,9 +161,41 @@ def test_bad_limit():
         train(OPTIMIZERS["SGD"], 0)
 
 
-def test_float16_is_refused():
-    with pytest.raises(ValueError, match=r"float16 weights.*Use precision='bf16-true'"):
-        train(OPTIMIZERS["SGD"], 300, weights_dtype=torch.float16)
+class Module(Automatic):
+    def __init__(self):
+        super().__init__()
+        self.net = Tall()
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true", "bf16-mixed"])
+def test_slices_with_clipping_in_each_precision(precision, algorithm):
+    models = []
+    for limit in (None, 300):
+        models.append(Module())
+        clip = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+        strategy = HiFTStrategy(max_group_numel=limit)
+        trainer(strategy=strategy, precision=precision, **clip).fit(models[-1], loader(11))
+    assert_same_weights(*models)
+
+
+@pytest.mark.parametrize("numel", range(1, 400, 7))
+def test_every_row_is_stepped_whatever_the_limit(numel):
+    whole, _ = train(OPTIMIZERS["SGD"], model=Net(), steps=5)
+    sliced, _ = train(OPTIMIZERS["SGD"], numel, model=Net(), steps=5)
+    assert_same_weights(whole, sliced)
+
+
+def test_slices_hold_on_to_no_weights():
+    model, engine = train(OPTIMIZERS["AdamW"], 300)
+    storage = model.embedding.weight.untyped_storage()
+    gone = []
+    weakref.finalize(storage, gone.append, True)
+    del storage
+    model.embedding.weight.data = model.embedding.weight.detach().double()
+    gc.collect()
+    assert gone
+    engine.close()
 
 
 def test_sparse_gradients_are_refused():

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import resource
 import warnings
 import weakref
@@ -143,7 +144,7 @@ def test_files_go_with_their_owner(tmp_path):
 
 
 def test_files_of_killed_processes_are_removed(tmp_path):
-    (tmp_path / "hift-state-999999999-old").mkdir()
+    (tmp_path / f"hift-state-{platform.node()}-999999999-old").mkdir()
     (tmp_path / "hift-state-notes").mkdir()
     HostMemory(directory=tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["hift-state-notes"]
@@ -211,7 +212,7 @@ def test_full_disk_is_an_error_that_loses_no_state(always_copy, tmp_path):
             next_token_loss(model, batch).backward()
             engine.optimizer.step()
 
-    with LimitedFiles(1200), pytest.raises(OSError, match=r"Could not reserve 2,\d+ bytes .* state is safe in memory"):
+    with LimitedFiles(1200), pytest.raises(OSError, match=r"Could not reserve 2,\d+ bytes .* Nothing was lost"):
         run()
     with LimitedFiles(1200):
         engine.close()
@@ -221,6 +222,48 @@ def test_full_disk_is_an_error_that_loses_no_state(always_copy, tmp_path):
     for i, values in expected.optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, state[i][key]) for key, value in values.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_full_at_the_start_leaves_the_state_to_the_optimizer(tmp_path):
+    model = Net()
+    optimizer = torch.optim.Adagrad(model.parameters())
+    offloader = StateOffloader("cpu", "disk", directory=tmp_path)
+    with LimitedFiles(400), pytest.raises(OSError, match="Nothing was lost"):
+        HiFTEngine.attach(model, optimizer, make_offloader=lambda: offloader)
+    assert all(len(optimizer.state[p]) == 2 for p in model.parameters())
+
+
+def test_state_that_an_optimizer_replaces_goes_to_the_same_place(tmp_path):
+    class Replacing(torch.optim.AdamW):
+        def step(self, closure=None):
+            result = super().step(closure)
+            for state in self.state.values():
+                state["exp_avg"] = state["exp_avg"].clone()
+            return result
+
+    model = Net()
+    offloader = StateOffloader("cpu", "disk", directory=tmp_path)
+    engine = HiFTEngine.attach(model, Replacing(model.parameters(), lr=0.01), make_offloader=lambda: offloader)
+    for batch in tokens(30):
+        next_token_loss(model, batch).backward()
+        engine.optimizer.step()
+    assert len(list(tmp_path.rglob("*.bin"))) == 5
+    expected, _ = train(steps=30)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_nothing_stays_on_the_host_if_nothing_is_offloaded(resumed):
+    make = lambda: StateOffloader("cpu", "none", device_module=LaggingDevice(), always_copy=True)  # noqa: E731
+    model, engine = train(make(), weights_dtype=torch.bfloat16, master_weights="full")
+    if resumed:
+        saved, model = engine.optimizer.state_dict(), Net().bfloat16()
+        engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=make, master_weights="full")
+        engine.optimizer.load_state_dict(saved)
+        for batch in tokens(5):
+            next_token_loss(model, batch).backward()
+            engine.optimizer.step()
+    assert engine.offloader.host_bytes == 0
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
