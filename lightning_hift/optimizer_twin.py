@@ -18,8 +18,12 @@ def bare_twin(optimizer: Optimizer) -> Optimizer:
     twin = object.__new__(kind)  # not copy.copy, which keeps what __getstate__ returns, and no more
     hooks = {key: OrderedDict[Any, Any]() for key in vars(optimizer) if key.startswith("_optimizer_")}
     groups = [_copied(group) | {"params": list(group["params"])} for group in optimizer.param_groups]
-    # What was put on the instance in the place of a method of the class stays behind.
-    own = {key: value for key, value in vars(optimizer).items() if not hasattr(kind, key)}
+    # What was put on the instance in the place of a method of the class stays behind; tables may be written to.
+    own = {
+        key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for key, value in vars(optimizer).items()
+        if not hasattr(kind, key)
+    }
     twin.__dict__.update({**own, **hooks, "state": defaultdict(dict), "param_groups": groups})
     return twin
 
