@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine, parameters_of
+from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine
 from lightning_hift.grouping import (
     LayerGroup,
     LayerUnit,
@@ -20,6 +20,7 @@ from lightning_hift.grouping import (
 )
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import StateOffloader
+from lightning_hift.optimizer_state import parameters_of
 from lightning_hift.schedule import Order, SweepSchedule, check_order
 
 

@@ -9,7 +9,7 @@ of the step, and keeps all other state out of ``optimizer.state``, where no fore
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -18,17 +18,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.fingerprint import cast_state, check_fingerprint, make_fingerprint
+from lightning_hift.fingerprint import check_fingerprint, make_fingerprint
 from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.lending import Lender
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_checks import check_counts, check_optimizer, counts_of
-from lightning_hift.optimizer_twin import bare_twin
+from lightning_hift.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.proof import FirstSweepProof, SweepReport
-from lightning_hift.row_slices import Piece, cut_into_turns, split_state, steps_element_wise
+from lightning_hift.row_slices import Piece, cut_into_turns, steps_element_wise
 from lightning_hift.schedule import SweepSchedule
-from lightning_hift.state_tree import State
 
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
@@ -95,10 +94,6 @@ class HiFTEngine:
         self._check_ownership()
         self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
         self._fixed = [Piece(p, p) for unit in self.always_active for p in unit.parameters.values()]
-        self._pieces: dict[nn.Parameter, list[Piece]] = {}
-        for piece in (*(piece for turns in self._turns for turn in turns for piece in turn), *self._fixed):
-            self._pieces.setdefault(piece.parameter, []).append(piece)
-        self._group_index = {p: group.index for group in self.groups for p in group.parameters.values()}
         self._check_slicing(max_group_numel)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
@@ -106,6 +101,8 @@ class HiFTEngine:
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
         self._lender = Lender(optimizer, self.offloader, masters)
+        by_group = [*([piece for turn in turns for piece in turn] for turns in self._turns), self._fixed]
+        self._state = OptimizerState(optimizer, self._lender, self.offloader, by_group)
         self._active_group = self.groups[schedule.group_at(0)]
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
@@ -118,10 +115,10 @@ class HiFTEngine:
         self._num_owned = len(parameters_of(optimizer))
 
         other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
-        inherited = {} if other is None else {p: other._lender.saved_master(other._pieces_of(p)) for p in other._pieces}
+        inherited = {} if other is None else other._state.masters()
         self._take_over_from(other)
-        self._adopt_state()
-        for pieces in (*([p for turn in turns for p in turn] for turns in self._turns), self._fixed):
+        self._state.adopt()
+        for pieces in by_group:
             self._lender.make_masters(pieces, weights_dtype, inherited)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._counts: dict[str, Any] = {}
@@ -376,22 +373,18 @@ class HiFTEngine:
         self.offloader.hold([piece.handle for piece in turn], always=[piece.handle for piece in self._fixed])
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self.offloader.drain()
-        owned = dict(enumerate(parameters_of(self.optimizer)))
-        stored = {i: self._lender.state_of(self._pieces_of(p)) for i, p in owned.items()}
-        others = {k: v for k, v in state_dict["state"].items() if k not in stored}
-        state_dict["state"] = {i: state for i, state in stored.items() if state} | others
+        collected = self._state.collect()
+        others = {k: v for k, v in state_dict["state"].items() if k not in range(self._num_owned)}
+        state_dict["state"] = collected.state | others
         for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
             for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
                 for key, value in caught_up.items():
                     is_tensor = isinstance(group[key], torch.Tensor)
                     group[key] = torch.full_like(group[key], value) if is_tensor else value
-        saved = {i: self._lender.saved_master(self._pieces_of(p)) for i, p in owned.items()}
-        masters = {i: master for i, master in saved.items() if master is not None}
         state_dict[_CHECKPOINT_KEY] = {
             "step": self.step,
-            "dtypes": [str(torch.float32 if i in masters else p.dtype) for i, p in owned.items()],
-            "masters": masters,
+            "dtypes": collected.dtypes,
+            "masters": collected.masters,
             "counters": self._lender.options.state_dict(),
             "held": [s.held_state() for s in self.held_schedulers],
             **self._fingerprint(),
@@ -401,51 +394,24 @@ class HiFTEngine:
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return None  # torch raises its own error for this
-        position = state_dict.get(_CHECKPOINT_KEY)
-        if position is not None:
+        position = state_dict.get(_CHECKPOINT_KEY) or {}
+        if position:
             check_fingerprint(position, self._fingerprint())
-        rest = dict(state_dict["state"])
-        # Without a word about the weights that the state was made for, float state is cast to the weights, as in torch.
-        dtypes = iter(position["dtypes"] if position is not None else [None] * self._num_owned)
-        masters = position["masters"] if position is not None else {}
-        kept: dict[nn.Parameter, State] = {}
-        index = 0
-        for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
-            for saved_id, p in zip(saved_group["params"], group["params"], strict=True):
-                state = cast_state(rest.pop(saved_id, {}), next(dtypes), self._lender.dtype_of(p))
-                for piece in self._pieces_of(p):
-                    master = self._lender.restored_master(piece, masters.get(index))
-                    kept[piece.handle] = split_state(state, piece) | master
-                index += 1
-        self._lender.cancel()
-        self.offloader.forget(keep=kept.keys())
-        self._put(kept, saved_groups)
-        self.step = position["step"] if position is not None else 0
+        rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
+        self.step = position.get("step", 0)
         self._active_group = self.groups[self.schedule.group_at(self.step)]
-        self._held_on_load = (self.step, position["held"]) if position is not None else None
-        self._counters_on_load = position["counters"] if position is not None else []
+        self._held_on_load = (self.step, position["held"]) if position else None
+        self._counters_on_load = position.get("counters", [])
         self._proof = None
         if self._active and not self._closed:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """For a class with a ``load_state_dict`` of its own, which may call no hooks and look for state on the device.
-
-        It loads into a twin on the host, whose parameters take no memory; what it made of the state is loaded here.
-        """
-        twin = bare_twin(self.optimizer)
-        for group in twin.param_groups:
-            group["params"] = [
-                nn.Parameter(torch.empty((), dtype=self._lender.dtype_of(p)).expand(p.shape), requires_grad=False)
-                for p in group["params"]
-            ]
-        twin.load_state_dict({key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY})
-        indices = iter(range(self._num_owned))
-        groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in twin.param_groups]
-        state = {i: twin.state[p] for i, p in enumerate(parameters_of(twin)) if p in twin.state}
+        """In the place of an optimizer's own ``load_state_dict``."""
         position = {key: value for key, value in state_dict.items() if key == _CHECKPOINT_KEY}
-        Optimizer.load_state_dict(self.optimizer, {"state": state, "param_groups": groups, **position})
+        own = {key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY}
+        Optimizer.load_state_dict(self.optimizer, self._state.read_own_format(own) | position)
 
     def _switch(self, name: str) -> None:
         """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
@@ -479,9 +445,6 @@ class HiFTEngine:
     def _turns_at(self, step: int) -> list[list[Piece]]:
         return self._turns[self.schedule.group_at(step)]
 
-    def _pieces_of(self, p: nn.Parameter) -> list[Piece]:
-        return self._pieces.get(p) or [Piece(p, p)]
-
     def _parameters_at(self, step: int) -> list[nn.Parameter]:
         units = (*self.groups[self.schedule.group_at(step)].units, *self.always_active)
         return [p for unit in units for p in unit.parameters.values()]
@@ -499,37 +462,6 @@ class HiFTEngine:
         orphans = [name for i, name in grouped.items() if i not in owned]
         if orphans:
             raise ValueError(f"No optimizer holds the parameters {orphans[:8]} of the layer groups. {ORPHAN_REMEDY}")
-
-    def _adopt_state(self) -> None:
-        """Move state that exists already, from the optimizer's constructor or an earlier run, out of the optimizer."""
-        state = self.optimizer.state
-        existing = {
-            p: cast_state(state.pop(p), str(p.dtype), self._lender.dtype_of(p))
-            for p in parameters_of(self.optimizer)
-            if p in state
-        }
-        states = {
-            piece.handle: split_state(values, piece) for p, values in existing.items() for piece in self._pieces_of(p)
-        }
-        try:
-            self._put(states, self.optimizer.param_groups)
-        except OSError:
-            for p, values in existing.items():
-                state[p] = values
-            raise
-
-    def _put(self, states: Mapping[nn.Parameter, State], options: Sequence[Mapping[str, Any]]) -> None:
-        """Keep ``states``, those of one layer group side by side. ``options``: the param_groups that they come from."""
-        on_host: dict[nn.Parameter, tuple[str, ...]] = {}
-        for group, saved in zip(self.optimizer.param_groups, options, strict=True):
-            on_host |= {p: _keys_on_host(saved) for p in group["params"]}
-        together: dict[Any, dict[nn.Parameter, State]] = {}
-        for p, stays in on_host.items():
-            for piece in self._pieces_of(p):
-                if values := states.get(piece.handle):
-                    together.setdefault((self._group_index.get(p), stays), {})[piece.handle] = values
-        for (_, stays), values in together.items():
-            self.offloader.put(values, stays)
 
     def _take_over_from(self, other: HiFTEngine | None) -> None:
         if other is None:
@@ -565,21 +497,7 @@ class HiFTEngine:
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
         for name in ("load_state_dict", "train", "eval"):
             vars(self.optimizer).pop(name, None)
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if state := self._lender.state_of(self._pieces_of(p)):
-                    if to_device:
-                        state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
-                        stays = _keys_on_host(group)
-                        moves = [k for k, v in state.items() if isinstance(v, torch.Tensor) and k not in stays]
-                        state |= {k: state[k].to(p.device) for k in moves}
-                    self.optimizer.state[p] = state
-        self.offloader.clear()
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """All parameters of ``optimizer``; a place in this list is an index in its ``state_dict``."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        self._state.hand_back(to_device)
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
@@ -598,8 +516,3 @@ def _bare_step(optimizer: Optimizer) -> None:
     """One step without the hooks around it."""
     step = type(optimizer).step
     getattr(step, "__wrapped__", step)(optimizer)
-
-
-def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:
-    """State that torch keeps on the host: the step count, unless a kernel on the device has to read it."""
-    return () if param_group.get("fused") or param_group.get("capturable") else ("step",)

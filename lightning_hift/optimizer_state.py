@@ -1,0 +1,185 @@
+"""All state of one optimizer between its steps: taken from it, saved, loaded, and handed back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.fingerprint import cast_state
+from lightning_hift.lending import Lender
+from lightning_hift.offload import StateOffloader
+from lightning_hift.optimizer_twin import bare_twin
+from lightning_hift.row_slices import Piece, split_state
+from lightning_hift.state_tree import State
+
+
+class Collected(NamedTuple):
+    """What a checkpoint keeps, by index of the parameter in the optimizer.
+
+    Args:
+        state: The optimizer's own state.
+        masters: float32 masters or int16 remainders, of the parameters that have them.
+        dtypes: The dtype in which each parameter is stepped, for all of them.
+    """
+
+    state: dict[int, State]
+    masters: dict[int, Tensor]
+    dtypes: list[str]
+
+
+class OptimizerState:
+    """Moves the state of all parameters between an optimizer, its checkpoints and the offloader.
+
+    Args:
+        optimizer: Whose state.
+        lender: Keeps the masters.
+        offloader: Keeps the state.
+        groups: The pieces of each layer group, whose state is kept side by side.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, lender: Lender, offloader: StateOffloader, groups: Iterable[Sequence[Piece]]
+    ) -> None:
+        self._optimizer = optimizer
+        self._lender = lender
+        self._offloader = offloader
+        self._pieces: dict[nn.Parameter, list[Piece]] = {}
+        self._group_of: dict[nn.Parameter, int] = {}
+        for index, pieces in enumerate(groups):
+            for piece in pieces:
+                self._pieces.setdefault(piece.parameter, []).append(piece)
+                self._group_of[piece.parameter] = index
+
+    def adopt(self) -> None:
+        """Take state that exists already, from the optimizer's constructor or an earlier run, out of the optimizer.
+
+        Raises:
+            OSError: The disk is full; the optimizer has its state back.
+        """
+        state = self._optimizer.state
+        existing = {p: state.pop(p) for p in parameters_of(self._optimizer) if p in state}
+        states = {
+            piece.handle: split_state(cast_state(values, str(p.dtype), self._lender.dtype_of(p)), piece)
+            for p, values in existing.items()
+            for piece in self._pieces_of(p)
+        }
+        try:
+            self._put(states, self._optimizer.param_groups)
+        except OSError:
+            for p, values in existing.items():
+                state[p] = values
+            raise
+
+    def masters(self) -> dict[nn.Parameter, Tensor | None]:
+        """Masters or remainders by parameter, as they are saved."""
+        self._offloader.drain()
+        return {p: self._lender.saved_master(pieces) for p, pieces in self._pieces.items()}
+
+    def collect(self) -> Collected:
+        """All state, without copying what is whole and on the host."""
+        self._offloader.drain()
+        owned = dict(enumerate(parameters_of(self._optimizer)))
+        state = {i: self._lender.state_of(self._pieces_of(p)) for i, p in owned.items()}
+        masters = {i: self._lender.saved_master(self._pieces_of(p)) for i, p in owned.items()}
+        return Collected(
+            {i: values for i, values in state.items() if values},
+            {i: master for i, master in masters.items() if master is not None},
+            [str(self._lender.dtype_of(p)) for p in owned.values()],
+        )
+
+    def replace(self, saved: Mapping[str, Any], dtypes: Sequence[str] | None, masters: Mapping[int, Tensor]) -> State:
+        """Take over the state of a checkpoint, without the cast and the move to the device that torch would make.
+
+        Args:
+            saved: A ``state_dict`` with as many parameters in each group as the optimizer has.
+            dtypes: As collected. Where there are none, as in a checkpoint of plain torch, float state is cast to the
+                weights.
+            masters: As collected.
+
+        Returns:
+            Entries of the saved state that belong to no parameter.
+        """
+        rest = dict(saved["state"])
+        kept: dict[nn.Parameter, State] = {}
+        ids = [saved_id for group in saved["param_groups"] for saved_id in group["params"]]
+        for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
+            state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._lender.dtype_of(p))
+            for piece in self._pieces_of(p):
+                master = self._lender.restored_master(piece, masters.get(i))
+                kept[piece.handle] = split_state(state, piece) | master
+        self._lender.cancel()
+        self._offloader.forget(keep=kept.keys())
+        self._put(kept, saved["param_groups"])
+        return rest
+
+    def read_own_format(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """``state_dict`` in torch's format, for a class that saves and loads in its own way.
+
+        Such a class may call no hooks and look for state on the device. So it loads into a twin on the host, whose
+        parameters take no memory.
+        """
+        twin = bare_twin(self._optimizer)
+        for group in twin.param_groups:
+            group["params"] = [
+                nn.Parameter(torch.empty((), dtype=self._lender.dtype_of(p)).expand(p.shape), requires_grad=False)
+                for p in group["params"]
+            ]
+        twin.load_state_dict(dict(state_dict))
+        owned = parameters_of(twin)
+        indices = iter(range(len(owned)))
+        groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in twin.param_groups]
+        return {"state": {i: twin.state[p] for i, p in enumerate(owned) if p in twin.state}, "param_groups": groups}
+
+    def hand_back(self, to_device: bool = True) -> None:
+        """Give the optimizer all its state, and forget it here.
+
+        Args:
+            to_device: To be stepped: where the weights are, and in their dtype. Otherwise as it is.
+        """
+        if to_device and self._lender.master_weights != "none":
+            warnings.warn(
+                "The optimizer is stepped after HiFT was closed: from now on each update is rounded to 16 bits, and the"
+                " master weights are dropped. Attach HiFT again to go on with them.",
+                stacklevel=2,
+            )
+        self._offloader.drain()
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                if state := self._lender.state_of(self._pieces_of(p)):
+                    if to_device:
+                        state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
+                        stays = _keys_on_host(group)
+                        moves = [k for k, v in state.items() if isinstance(v, Tensor) and k not in stays]
+                        state |= {k: state[k].to(p.device) for k in moves}
+                    self._optimizer.state[p] = state
+        self._offloader.clear()
+
+    def _pieces_of(self, p: nn.Parameter) -> list[Piece]:
+        return self._pieces.get(p) or [Piece(p, p)]
+
+    def _put(self, states: Mapping[nn.Parameter, State], options: Sequence[Mapping[str, Any]]) -> None:
+        """Keep ``states``, those of one layer group side by side. ``options``: the param_groups that they come from."""
+        together: dict[Any, dict[nn.Parameter, State]] = {}
+        for group, saved in zip(self._optimizer.param_groups, options, strict=True):
+            for p in group["params"]:
+                for piece in self._pieces_of(p):
+                    if values := states.get(piece.handle):
+                        place = (self._group_of.get(p), _keys_on_host(saved))
+                        together.setdefault(place, {})[piece.handle] = values
+        for (_, stays), values in together.items():
+            self._offloader.put(values, stays)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of ``optimizer``; a place in this list is an index in its ``state_dict``."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _keys_on_host(param_group: Mapping[str, Any]) -> tuple[str, ...]:
+    """State that torch keeps on the host: the step count, unless a kernel on the device has to read it."""
+    return () if param_group.get("fused") or param_group.get("capturable") else ("step",)
