@@ -31,13 +31,18 @@ class Wide(nn.Module):
         return x
 
 
-def train(steps, busy=False, pressure=False, optimizer=None, **options):
+def train(steps, busy=False, pressure=False, optimizer=None, masters="none", max_group_numel=None, **options):
     """Weights after some steps on the GPU."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = Wide().cuda()
     make = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
     engine = HiFTEngine.attach(
-        model, make(model.parameters()), make_offloader=lambda: StateOffloader("cuda", **options)
+        model,
+        make(model.parameters()),
+        make_offloader=lambda: StateOffloader("cuda", **options),
+        master_weights=masters,
+        weights_dtype=None if masters == "none" else torch.bfloat16,
+        max_group_numel=max_group_numel,
     )
     other, ballast = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     generator = torch.Generator("cuda").manual_seed(1)
@@ -48,9 +53,10 @@ def train(steps, busy=False, pressure=False, optimizer=None, **options):
         if pressure:
             # Memory that is freed at once is handed out again at once.
             torch.empty(64 * 2**20, device="cuda").fill_(torch.nan)
-        x = torch.randn(2, WIDTH, device="cuda", generator=generator)
+        x = torch.randn(2, WIDTH, device="cuda", generator=generator).to(next(model.parameters()).dtype)
         model(x).square().mean().backward()
         engine.optimizer.step()
+    engine.close()
     torch.cuda.synchronize()
     return {name: p.detach().cpu() for name, p in model.named_parameters()}
 
@@ -68,12 +74,26 @@ def resident():
         {"pin_memory": False},
         {"busy": True},
         {"pressure": True},
+        {"max_group_numel": 2**20},
+        {"max_group_numel": 2**20, "busy": True, "pressure": True},
         {"busy": True, "pressure": True},
     ],
     ids=str,
 )
 def test_500_steps_equal_those_with_resident_state(options, resident):
     assert_same_weights(train(500, **options), resident)
+
+
+def test_500_steps_with_state_on_disk(tmp_path, resident):
+    assert_same_weights(train(500, offload="disk", directory=tmp_path), resident)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"busy": True, "pressure": True}, {"max_group_numel": 2**20}], ids=str)
+def test_500_steps_with_master_weights(options):
+    expected = train(500, masters="full", offload="none")
+    for masters in ("full", "split"):
+        assert_same_weights(train(500, masters=masters, **options), expected)
 
 
 @pytest.mark.parametrize("name", ["foreach", "capturable", "sgd", "adagrad"])
@@ -106,8 +126,44 @@ def test_state_on_the_device_stays_small():
     torch.cuda.synchronize()
     weights = sum(p.numel() * 4 for p in model.parameters())
     largest = max(group.numel for group in engine.groups)
-    # Weights, the next group's state on its way in, the last one's on its way out, and what the step itself needs.
-    assert torch.cuda.memory_allocated() < weights + 2 * 8 * largest + 2**26
+    # Weights, one slot, and what the step itself needs for a moment.
+    assert torch.cuda.memory_allocated() < weights + 8 * largest + 2**26
+    assert engine.offloader.device_bytes < 8 * largest + 2**20
+    # What is page-locked is what there is, and a page for each stretch.
+    arenas = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _host_tensors(engine)}
+    assert sum(arenas.values()) < 1.02 * 2 * weights
+    assert all(t.is_pinned() for t in _host_tensors(engine))
+
+
+def _host_tensors(engine):
+    state = engine.optimizer.state_dict()["state"]
+    return [value for values in state.values() for value in values.values() if value.dim() and not value.is_cuda]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_exposed_milliseconds_are_measured(prefetch):
+    model = Wide().cuda()
+    engine = HiFTEngine.attach(
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),
+        make_offloader=lambda: StateOffloader("cuda", prefetch=prefetch),
+    )
+    for _ in range(9):
+        model(torch.randn(2, WIDTH, device="cuda")).mean().backward()
+        engine.optimizer.step()
+    torch.cuda.synchronize()
+    exposed = engine.offloader.exposed_ms()
+    assert exposed > (0 if prefetch else 1)  # 134 MB over any link there is
+
+
+def test_refused_page_lock_is_forgotten():
+    from lightning_hift.host_memory import page_lock
+
+    memory = torch.empty(2**20, dtype=torch.uint8)
+    page_lock(memory)
+    with pytest.raises(RuntimeError):
+        page_lock(memory)  # it is locked already
+    assert torch.ones(1, device="cuda").add(1).item() == 2  # CUDA does not report it again
 
 
 def test_no_host_sync_on_the_step_path():
