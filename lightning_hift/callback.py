@@ -27,10 +27,9 @@ from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
-from lightning_hift.proof import SweepReport
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
+from lightning_hift.report import describe_groups, describe_sweep
 from lightning_hift.schedule import Order, check_order
-from lightning_hift.table import format_bytes, format_table
 
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
@@ -286,7 +285,7 @@ class HiFTCallback(Callback):
         self._flush_learning_rates(trainer, SweepLR.flush)
         for index, engine in enumerate(self._engines):
             if (report := engine.first_sweep_report()) is not None:
-                _show_report(report)
+                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report))
             if not trainer.barebones:
                 self._log_values(pl_module, index, engine)
 
@@ -364,42 +363,5 @@ class HiFTCallback(Callback):
         self._running = False
 
 
-def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] = ()) -> str:
-    """A table of layer groups: index, units, parameters, bytes and share of the whole."""
-    total = sum(part.numel for part in (*groups, *always_active)) or 1
-
-    def row(label: object, part: Any) -> list[object]:
-        return [label, part.name, f"{part.numel:,}", format_bytes(part.nbytes), f"{100 * part.numel / total:.2f} %"]
-
-    rows = [row(group.index, group) for group in groups] + [row("all", unit) for unit in always_active]
-    largest = max(groups, key=lambda group: group.numel)
-    trained = largest.numel + sum(unit.numel for unit in always_active)
-    return (
-        format_table(["group", "units", "parameters", "bytes", "share"], rows)
-        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
-        " in full fine-tuning."
-    )
-
-
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _show_report(report: SweepReport) -> None:
-    if report.complete:
-        rank_zero_info(f"HiFT: first sweep done, all {report.num_parameters} trainable parameters were updated.")
-        return
-    reasons = {
-        "received no gradient (unused in the forward pass?)": report.without_gradient,
-        "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
-        "were not stepped (gradients overflowed, or training_step returned None)": report.skipped,
-    }
-    lines = [
-        f"{len(names)} {why}: {', '.join(names[:8])}" + ("..." if len(names) > 8 else "")
-        for why, names in reasons.items()
-        if names
-    ]
-    rank_zero_warn(
-        f"HiFT: after the first sweep, some of the {report.num_parameters} trainable parameters were not updated. "
-        + "; ".join(lines)
-    )

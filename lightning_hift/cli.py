@@ -14,11 +14,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_hift.attach import find_groups
-from lightning_hift.callback import HiFTCallback, describe_groups
+from lightning_hift.callback import HiFTCallback
 from lightning_hift.memory import parse_bytes
 from lightning_hift.planner.forecast import Setup
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
+from lightning_hift.report import describe_groups
 
 _WITHOUT_A_RUN = ("groups", "plan")
 

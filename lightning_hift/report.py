@@ -1,0 +1,47 @@
+"""What a user is told about groups and the first sweep, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_hift.grouping import LayerGroup
+from lightning_hift.proof import SweepReport
+from lightning_hift.table import format_bytes, format_table
+
+
+def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] = ()) -> str:
+    """A table of layer groups: index, units, parameters, bytes and share of the whole."""
+    total = sum(part.numel for part in (*groups, *always_active)) or 1
+
+    def row(label: object, part: Any) -> list[object]:
+        return [label, part.name, f"{part.numel:,}", format_bytes(part.nbytes), f"{100 * part.numel / total:.2f} %"]
+
+    rows = [row(group.index, group) for group in groups] + [row("all", unit) for unit in always_active]
+    largest = max(groups, key=lambda group: group.numel)
+    trained = largest.numel + sum(unit.numel for unit in always_active)
+    return (
+        format_table(["group", "units", "parameters", "bytes", "share"], rows)
+        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
+        " in full fine-tuning."
+    )
+
+
+def describe_sweep(report: SweepReport) -> str:
+    """One line that says that all parameters were updated, or which were not, and why."""
+    if report.complete:
+        return f"HiFT: first sweep done, all {report.num_parameters} trainable parameters were updated."
+    reasons = {
+        "received no gradient (unused in the forward pass?)": report.without_gradient,
+        "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
+        "were not stepped (gradients overflowed, or training_step returned None)": report.skipped,
+    }
+    lines = [
+        f"{len(names)} {why}: {', '.join(names[:8])}" + ("..." if len(names) > 8 else "")
+        for why, names in reasons.items()
+        if names
+    ]
+    return (
+        f"HiFT: after the first sweep, some of the {report.num_parameters} trainable parameters were not updated. "
+        + "; ".join(lines)
+    )
