@@ -21,7 +21,7 @@ IGNORED_LABEL = -100  # as in transformers
 _TOKENS = (2, 7)  # of the batch with which a model is tried: small, and of a length that nothing is tuned to
 
 
-def chunked_loss(network: nn.Module, inputs: Mapping[str, Any], labels: Tensor, chunk_tokens: int) -> Tensor:
+def chunked_loss(network: Any, inputs: Mapping[str, Any], labels: Tensor, chunk_tokens: int) -> Tensor:
     """Mean cross-entropy per predicted token in nats, a scalar; as ``network(**inputs, labels=labels).loss``.
 
     Chunks are checkpointed without keeping the state of random generators: the head must not be random. The gradient of
@@ -47,7 +47,7 @@ def chunked_loss(network: nn.Module, inputs: Mapping[str, Any], labels: Tensor, 
     hidden = base(**inputs)[0].flatten(0, 1)
     targets = pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].flatten().to(hidden.device)
     total = torch.zeros((), device=hidden.device)
-    for tokens, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    for tokens, wanted in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True):
         if torch.is_grad_enabled():
             part = checkpoint(_sum_of_losses, head, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -60,24 +60,24 @@ def _sum_of_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def _base_of(network: nn.Module) -> nn.Module:
+def _base_of(network: Any) -> nn.Module:
     base = network.get_decoder() if hasattr(network, "get_decoder") else None
     if not isinstance(base, nn.Module) or base is network:
         raise _refusal(network, "get_decoder() returns no module apart from it")
     return base
 
 
-def _head_of(network: nn.Module) -> nn.Module:
+def _head_of(network: Any) -> nn.Module:
     head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise _refusal(network, "get_output_embeddings() returns no module")
     return head
 
 
-def refuse_other_losses(network: nn.Module) -> None:
+def refuse_other_losses(network: Any) -> None:
     """Try whether the loss of ``network`` is the cross-entropy of what its head makes of its base model's output.
 
-    Twice a tiny random batch goes through the whole model, in the mode (training or evaluation) in which it is now, with
+    Twice a tiny random batch goes through the whole model, in the mode (training or evaluation) in which it is, with
     values put in the place of the head's output. Zeros show what is added to the cross-entropy; large values show what
     is done to the logits: caps and scales that at small logits would drown in rounding. Random generators are left as
     they were.
@@ -89,7 +89,7 @@ def refuse_other_losses(network: nn.Module) -> None:
     weight = next(network.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        vocabulary = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        vocabulary = network.get_input_embeddings().weight.shape[0]
         tokens = torch.randint(vocabulary, _TOKENS).to(weight.device)
         labels = tokens.clone()
         labels[0, 2] = IGNORED_LABEL
@@ -137,6 +137,6 @@ def _compare(network: nn.Module, seen: Mapping[str, list[Any]], labels: Tensor, 
 
 def _refusal(network: nn.Module, reason: str) -> ValueError:
     return ValueError(
-        f"Got loss_chunk_tokens for {type(network).__name__}, but {reason}. A loss in chunks would train something else."
-        " Do without loss_chunk_tokens, or switch that off in model_config."
+        f"Got loss_chunk_tokens for {type(network).__name__}, but {reason}. A loss in chunks would train something"
+        " else. Do without loss_chunk_tokens, or switch that off in model_config."
     )
