@@ -55,7 +55,7 @@ def test_loss_and_gradients_in_16_bits() -> None:
     found_loss, found = gradients(model, 8)
     torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=0)  # of the same 16-bit logits, in 32 bits
     for name, gradient in expected.items():
-        # The head's gradient is rounded to 8 bits after each of 5 chunks, and so is all that follows from a rounding.
+        # Gradients are rounded to 8 bits: the head's after each of 5 chunks, and all others after other roundings.
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=5 * 2**-8 * float(gradient.abs().max()))
 
 
@@ -155,9 +155,8 @@ def test_plain_losses_are_accepted_and_leave_no_trace(model_type: str, changes: 
 
 
 def test_a_head_without_a_base_model_is_refused() -> None:
-    model = build_network(
-        "bert", {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
-    )
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build_network("bert", sizes)
     with pytest.raises(ValueError, match="what its head gets is not what its base model returns"):
         refuse_other_losses(model)
 

@@ -1,9 +1,10 @@
 """Memory and speed on one GPU, beside targets and published numbers: ``make bench-gpu``.
 
 ``python -m lightning_hift.benchmark.memory`` measures each row in a fresh process, so that a peak is its own and a
-crash is a row, not the end. Records are appended to a file of JSON lines, and the table is written from all of them: the
-rows can be measured in pieces (``--rows split,split-budget``). ``--dry-run`` shows what is planned; ``--tiny`` proves the
-program with a tiny model on any device. Without a CUDA device the rows say "not measured".
+crash is a row, not the end. Records are appended to a file of JSON lines, and the table is written from all of them, so
+rows can be measured in pieces: on a fast card each takes one to three minutes (``--rows split,split-budget``).
+``--dry-run`` shows what is planned; ``--tiny`` proves the program with a tiny model on any device. Without a CUDA
+device the rows say "not measured".
 """
 
 from __future__ import annotations

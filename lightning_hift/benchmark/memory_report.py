@@ -10,6 +10,7 @@ from typing import Any
 from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import GIB, Target
 from lightning_hift.memory import CONTEXT_BYTES
+from lightning_hift.table import format_bytes
 
 Record = dict[str, Any]
 """``row``, ``config``, ``planned``, ``status`` ("measured", "failed", "skipped", "not measured"), ``reason``,
@@ -113,13 +114,13 @@ def _measured_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -
                 row.model + (f", {planned.layers} layers" if row.like_full else ""),
                 f"{setup.batch_size} x {setup.sequence_length}",
                 row.what,
-                _gib(setup.activation_budget),
-                _gib(planned.allocated),
-                _gib(found.get("allocated")),
-                _gib(found.get("reserved")),
-                _gib(found.get("device_used")),
-                _gib(planned.host),
-                _gib(found.get("host_arena")),
+                _size(setup.activation_budget),
+                _size(planned.allocated),
+                _size(found.get("allocated")),
+                _size(found.get("reserved")),
+                _size(found.get("device_used")),
+                _size(planned.host),
+                _size(found.get("host_arena")),
                 _number(found.get("seconds_per_step"), ".3f"),
                 _number(found.get("tokens_per_second"), ",.0f"),
                 _number(found.get("exposed_ms"), ".1f"),
@@ -137,13 +138,14 @@ def _target_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -> 
         record = records.get(planned.row.name, {})
         for target in planned.row.targets:
             value = value_of(target, record, records)
-            lines.append(
-                [planned.row.name, _label(target), _limit(target), _in_unit(target, value), verdict(target, value)]
-            )
+            expected = {"reserved": planned.device, "host_arena": planned.host}.get(target.measure)
+            forecast = "-" if expected is None else f"{_in_unit(target, expected)}: {verdict(target, expected)}"
+            found = [_in_unit(target, value), verdict(target, value)]
+            lines.append([planned.row.name, _label(target), _limit(target), forecast, *found])
             if target.measure == "planner_error" and value is not None:
                 errors.append(verdict(target, value) == "met")
-    lines.append(["all", "rows in which the planner is within 5 %", "at least 6", *_planner_summary(errors)])
-    return _markdown(["row", "measure", "target", "found", "result"], lines)
+    lines.append(["all", "rows in which the planner is within 5 %", "at least 6", "-", *_planner_summary(errors)])
+    return _markdown(["row", "measure", "target", "planned", "measured", "result"], lines)
 
 
 def _planner_summary(within: Sequence[bool]) -> tuple[str, str]:
@@ -173,8 +175,8 @@ def _in_unit(target: Target, value: float | None) -> str:
     }[target.unit]
 
 
-def _gib(value: float | None) -> str:
-    return "-" if value is None else f"{value / GIB:.2f} GiB"
+def _size(value: float | None) -> str:
+    return "-" if value is None else format_bytes(value)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -199,7 +201,8 @@ def _passports(records: Mapping[str, Record]) -> Iterable[str]:
     yield (
         "Each row ran in a process of its own, with random weights of the published configuration. Peaks are those of"
         " the whole run, times are means of a sweep after a sweep of warm-up. Device in use is what the driver counts,"
-        f" whoever uses it. The planner takes the driver and the CUDA context to hold {_gib(CONTEXT_BYTES)} besides."
+        " whoever uses it. torch's allocator had expandable segments. The planner takes the driver and the CUDA context"
+        f" to hold {_size(CONTEXT_BYTES)} besides, which its numbers in the second table contain."
         " Host: the arena of state and masters."
     )
     found: dict[str, list[str]] = {}
@@ -212,7 +215,7 @@ def _passport_line(record: Record) -> str:
     passport = record["passport"]
     packages = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
     driver = f", driver {passport['driver']}" if passport["driver"] else ""
-    host = _gib(passport["host_bytes_available"])
+    host = _size(passport["host_bytes_available"])
     return f"{passport['device']}{driver}; {host} of host memory free; {packages}; commit {passport['commit']}"
 
 

@@ -222,4 +222,4 @@ def tiny(row: Row) -> Row:
     if setup.max_group_numel is not None:
         setup = replace(setup, max_group_numel=2**14)
     budget_for = None if row.budget_for is None else 1  # nothing fits: the smallest budget
-    return replace(row, model="tiny", setup=setup, budget_for=budget_for, cap=None)
+    return replace(row, model="tiny", setup=setup, budget_for=budget_for, cap=None, targets=(), published="")

@@ -254,11 +254,11 @@ def _measured_activations(
     torch.cuda.reset_peak_memory_stats()
     with trainer.precision_plugin.forward_context():
         module({**batch, "labels": batch["input_ids"]}).loss.backward()
-    peak: int = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
     gradients = sum(p.grad.nbytes for p in active if p.grad is not None)
     for p in active:
         p.grad = None
-    return peak - gradients
+    return int(peak - gradients)
 
 
 # --- the references ---------------------------------------------------------------------------------------------------

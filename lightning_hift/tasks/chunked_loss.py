@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.checkpoint import checkpoint
 
 IGNORED_LABEL = -100  # as in transformers
 _TOKENS = (2, 7)  # of the batch with which a model is tried: small, and of a length that nothing is tuned to
@@ -24,8 +24,8 @@ _TOKENS = (2, 7)  # of the batch with which a model is tried: small, and of a le
 def chunked_loss(network: Any, inputs: Mapping[str, Any], labels: Tensor, chunk_tokens: int) -> Tensor:
     """Mean cross-entropy per predicted token in nats, a scalar; as ``network(**inputs, labels=labels).loss``.
 
-    Chunks are checkpointed without keeping the state of random generators: the head must not be random. The gradient of
-    the head is summed over the chunks in its own dtype.
+    The head must not be random, as its second run would draw other numbers. Its gradient is summed over the chunks in
+    its own dtype. It is called outside of autograd: it must be a module whose parameters are all that it needs.
 
     Args:
         network: A causal language model of transformers for which ``refuse_other_losses`` has nothing to say.
@@ -46,14 +46,61 @@ def chunked_loss(network: Any, inputs: Mapping[str, Any], labels: Tensor, chunk_
         )
     hidden = base(**inputs)[0].flatten(0, 1)
     targets = pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].flatten().to(hidden.device)
-    total = torch.zeros((), device=hidden.device)
-    for tokens, wanted in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True):
-        if torch.is_grad_enabled():
-            part = checkpoint(_sum_of_losses, head, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
-        else:
-            part = _sum_of_losses(head, tokens, wanted)
-        total = total + part
+    trained = [p for p in head.parameters() if p.requires_grad]
+    total: Tensor = _SumOfLosses.apply(head, chunk_tokens, hidden, targets, *trained)
     return total / (targets != IGNORED_LABEL).sum()
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """Sum of the losses of all tokens, of which the backward pass computes each chunk again.
+
+    As with activation checkpointing of each chunk, but gradients of the head are added in place: for autograd, a sum
+    over chunks would be up to three tensors of the head's size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Module, chunk_tokens: int, hidden: Tensor, targets: Tensor, *trained: nn.Parameter
+    ) -> Tensor:
+        ctx.head, ctx.chunk_tokens, ctx.trained = head, chunk_tokens, trained
+        ctx.casts = _casts_of_now(hidden.device.type)
+        ctx.save_for_backward(hidden, targets)
+        total = torch.zeros((), device=hidden.device)
+        for tokens, wanted in _chunks(chunk_tokens, hidden, targets):
+            total += _sum_of_losses(head, tokens, wanted)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[2] else None
+        of_trained: list[Tensor] = []
+        outputs = [of_hidden] if of_hidden is not None else []
+        for tokens, wanted, *output in _chunks(ctx.chunk_tokens, hidden, targets, *outputs):
+            tokens = tokens.detach().requires_grad_(of_hidden is not None)
+            inputs = [*([tokens] if output else []), *ctx.trained]
+            with torch.enable_grad(), ctx.casts:
+                loss = _sum_of_losses(ctx.head, tokens, wanted)
+            found = list(torch.autograd.grad(loss, inputs, gradient))
+            if output:
+                output[0].copy_(found.pop(0))
+            if of_trained:
+                for total in of_trained:
+                    total += found.pop(0)
+            else:
+                of_trained = found
+        return None, None, of_hidden, None, *of_trained
+
+
+def _chunks(chunk_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, chunk_tokens) for tensor in tensors), strict=True)
+
+
+def _casts_of_now(device_type: str) -> torch.autocast:
+    return torch.autocast(
+        device_type, torch.get_autocast_dtype(device_type), enabled=torch.is_autocast_enabled(device_type)
+    )
 
 
 def _sum_of_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
