@@ -104,7 +104,7 @@ def test_dry_run_lists_the_rows_and_writes_nothing(tmp_path: Path, capsys: pytes
     table = capsys.readouterr().out
     for one in ROWS:
         assert cells(table, one.name)
-    assert cells(table, "split")[5].endswith("KiB")  # planned
+    assert cells(table, "split")[5].endswith("iB")  # planned
     assert not list(tmp_path.iterdir())
 
 
@@ -182,24 +182,24 @@ def test_the_planner_must_be_right_on_six_rows() -> None:
 
 
 def test_layers_are_left_out_until_full_fine_tuning_fits() -> None:
-    whole = plan_row(row("speed-full"), None)
-    assert whole.device is not None
-    assert whole.layers == 3
+    two = memory_plan.forecast(memory_plan._workload("tiny", 2, None), row("speed-full").setup).peak
     for name in ("speed-full", "speed-hift", "speed-cpu-offload"):
-        assert plan_row(row(name), whole.device).layers == 2
-    assert plan_row(row("speed-full"), 2 * whole.device).layers == 3
+        assert plan_row(row(name), None).layers == 3
+        assert plan_row(row(name), round(two / 0.95) + 1).layers == 2
 
 
 def test_the_budget_is_the_largest_that_fits() -> None:
     workload = memory_plan._workload("tiny", 3, None)
-    setup = Setup(precision="bf16-true", batch_size=256, sequence_length=64)
-    smallest = memory_plan._largest_budget(workload, setup, 1)
-    limit = memory_plan.forecast(workload, smallest).peak + 3 * 2**26
-    chosen = memory_plan._largest_budget(workload, setup, limit)
-    assert smallest.activation_budget is not None
-    assert chosen.activation_budget is not None
-    assert smallest.activation_budget < chosen.activation_budget
-    assert memory_plan.forecast(workload, chosen).peak <= limit
+    setup = Setup(precision="bf16-true", batch_size=1024, sequence_length=64)
+
+    def budget(limit: int) -> int:
+        found = memory_plan._largest_budget(workload, setup, limit)
+        assert limit == 1 or memory_plan.forecast(workload, found).peak <= limit
+        return found.activation_budget or 0
+
+    smallest = budget(1)
+    limit = memory_plan.forecast(workload, replace(setup, activation_budget=smallest)).peak + 2 * 2**26
+    assert smallest < budget(limit) <= budget(2**60)
 
 
 def test_passport_knows_the_versions_and_survives_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks import CausalLM
 
 _GRAIN = 2**26  # activation budgets are chosen in steps of 64 MiB
-_SPARE = 1.01  # above the smallest budget, which the planner knows from one block
+_SPARE = 1.05  # above the planner's smallest budget: a run that is given too little is refused
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,11 @@ def _largest_budget(workload: Workload, setup: Setup, device_bytes: int) -> Setu
     smallest = smallest_budget(workload, setup)
     assert smallest is not None, "models of this benchmark have blocks and activations"
     best = replace(setup, activation_budget=round(_SPARE * smallest))
-    while True:
-        larger = replace(best, activation_budget=(best.activation_budget or 0) + _GRAIN)
+    batch = (setup.precision, setup.group_size, setup.batch_size, setup.sequence_length)
+    enough = max(needs.saved for needs in (workload.needs(*batch, ends_only=True) or {}).values())
+    for budget in range(round(_SPARE * smallest) + _GRAIN, enough, _GRAIN):
+        larger = replace(setup, activation_budget=budget)
         if forecast(workload, larger).peak > device_bytes:
-            return best
+            break
         best = larger
+    return best

@@ -233,7 +233,7 @@ def _sum_of_parts(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, e
     """
     weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     slot = engine.offloader.device_bytes
-    sums = []
+    sums: list[int] = []
     for index in (0, 1, -1):
         active = list(engine.groups[index].parameters.values())
         activations = _measured_activations(trainer, module, batch, active)

@@ -8,7 +8,7 @@ pass and again in the backward pass, so that only one chunk's logits exist.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,8 @@ def chunked_loss(network: Any, inputs: Mapping[str, Any], labels: Tensor, chunk_
     hidden = base(**inputs)[0].flatten(0, 1)
     targets = pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].flatten().to(hidden.device)
     trained = [p for p in head.parameters() if p.requires_grad]
-    total: Tensor = _SumOfLosses.apply(head, chunk_tokens, hidden, targets, *trained)
+    apply: Callable[..., Tensor] = _SumOfLosses.apply
+    total = apply(head, chunk_tokens, hidden, targets, *trained)
     return total / (targets != IGNORED_LABEL).sum()
 
 
