@@ -98,6 +98,7 @@ _EVERY_RUN = (
     Target("host_over_exact", 1.02, unit="x"),
 )
 _HIDDEN = (*_EVERY_RUN, Target("exposed_share", 0.02, unit="%"))
+_WITHIN_BUDGET = _EVERY_RUN[1:]  # activations that depend on the budget are not measured apart
 
 _FP32 = Setup(batch_size=8, sequence_length=512)
 _SPLIT = replace(_FP32, precision="bf16-true", master_weights="split")
@@ -143,7 +144,7 @@ ROWS: tuple[Row, ...] = (
         setup=_SPLIT,
         chunk_tokens=512,
         budget_for=18 * GIB,
-        targets=(_reserved(18), *_HIDDEN),
+        targets=(_reserved(18), *_WITHIN_BUDGET, _HIDDEN[-1]),
     ),
     Row(
         "cap-24",
@@ -168,17 +169,17 @@ ROWS: tuple[Row, ...] = (
         setup=replace(_LLAMA3, prefetch=False),
         chunk_tokens=256,
         budget_for=round(18.5 * GIB),
-        targets=(_reserved(18.5), *_EVERY_RUN),
+        targets=(_reserved(18.5), *_WITHIN_BUDGET),
         published="18.9 GiB, 1650 tok/s on an RTX 4090 (torchtune)",
     ),
     Row(
         "llama3-prefetch",
-        "Mixed^Hi, split masters, smallest activation budget, prefetch",
+        "Mixed^Hi, split masters, activation budget for 18.5 GiB, prefetch",
         model="Llama-3-8B",
         setup=replace(_LLAMA3, max_group_numel=2**23),
         chunk_tokens=256,
         budget_for=round(18.5 * GIB),
-        targets=(_reserved(18.5), *_HIDDEN),
+        targets=(_reserved(18.5), *_WITHIN_BUDGET, _HIDDEN[-1]),
         published="18.9 GiB, 1650 tok/s on an RTX 4090 (torchtune)",
     ),
     Row(
