@@ -217,3 +217,14 @@ def test_the_planner_knows_of_chunks() -> None:
         return max(group.activations or 0 for group in plan.forecast.groups.values())
 
     assert activations(None) - activations(16) > 0.7 * 4 * 2**20
+
+
+def test_the_sum_is_in_32_bits_under_another_default_dtype() -> None:
+    model = network(torch.bfloat16)
+    expected = model(input_ids=TOKENS, labels=LABELS).loss
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's true half precision does
+    try:
+        found = chunked_loss(model, {"input_ids": TOKENS}, LABELS, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -66,7 +66,7 @@ class _SumOfLosses(torch.autograd.Function):
         ctx.head, ctx.chunk_tokens, ctx.trained = head, chunk_tokens, trained
         ctx.casts = _casts_of_now(hidden.device.type)
         ctx.save_for_backward(hidden, targets)
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)  # whatever the default dtype
         for tokens, wanted in _chunks(chunk_tokens, hidden, targets):
             total += _sum_of_losses(head, tokens, wanted)
         return total
