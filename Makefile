@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint bench-cpu plans clean
+.PHONY: quickstart test test-all lint bench-cpu bench-gpu plans clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ lint: $(INSTALLED)
 
 bench-cpu: $(INSTALLED)
 	$(BIN)/python -m lightning_hift.benchmark.speed
+
+# Without a CUDA device it says so, and writes what is planned.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m lightning_hift.benchmark.memory
 
 # The first line of each configuration is the command that plans it.
 plans: $(INSTALLED)

@@ -14,7 +14,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_hift.benchmark.passport import versions
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.grouping import find_layer_units
 from lightning_hift.table import format_table
@@ -179,12 +179,11 @@ def report(results: dict[str, list[list[float]]]) -> str:
 
 def passport(rounds: int) -> str:
     """What the numbers were measured on."""
-    packages = ("torch", "lightning", "transformers", "lightning-hift")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     return (
         f"BERT, 6 layers, hidden 384, vocabulary {VOCABULARY}, fp32, AdamW, batch {BATCH_SIZE} x {SEQUENCE_LENGTH};"
-        f" {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()},"
-        f" {versions}; {rounds} rounds of two sweeps, the faster step at each place, medians of rounds, ratios within a"
+        f" {torch.get_num_threads()} threads, {platform.machine()}, {packages};"
+        f" {rounds} rounds of two sweeps, the faster step at each place, medians of rounds, ratios within a"
         f" round, {WARM_UP_STEPS} steps and one sweep of warm-up each"
     )
 

@@ -21,23 +21,31 @@ def find_loss(model: nn.Module) -> ComputeLoss | None:
     Returns:
         ``None`` if ``model`` is neither.
     """
+    chunk_tokens = getattr(model, "loss_chunk_tokens", None)
     for path, module in model.named_modules():
         if hasattr(getattr(module, "config", None), "vocab_size"):
             accepted = inspect.signature(module.forward).parameters
             if "input_ids" in accepted:
                 return lambda copy, batch, length, path=path: _language_model_loss(  # type: ignore[misc]
-                    copy.get_submodule(path), batch, length, "labels" in accepted
+                    copy.get_submodule(path), batch, length, "labels" in accepted, chunk_tokens
                 )
     example = getattr(model, "example_input_array", None)
     return None if example is None else lambda copy, batch, length: _example_loss(copy, example, batch)
 
 
-def _language_model_loss(network: Any, batch: int, length: int, labelled: bool) -> Tensor:
+def _language_model_loss(
+    network: Any, batch: int, length: int, labelled: bool, chunk_tokens: int | None = None
+) -> Tensor:
     tokens = torch.zeros(batch, length, dtype=torch.long, device="cpu")
     if not labelled:
         with _one_sequence_per_row():
             return _mean(network(input_ids=tokens))
     labels = tokens
+    if chunk_tokens is not None:
+        from lightning_hift.tasks.chunked_loss import chunked_loss
+
+        with _one_sequence_per_row():
+            return chunked_loss(network, {"input_ids": tokens}, labels, chunk_tokens)
     if "SequenceClassification" in type(network).__name__:
         labels = torch.zeros(batch, dtype=torch.long if network.config.num_labels > 1 else torch.float, device="cpu")
     with _one_sequence_per_row():

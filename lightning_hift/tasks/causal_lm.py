@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
-
-_IGNORED_LABEL = -100  # as in transformers
+from lightning_hift.tasks.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
 
 
 class CausalLM(HiFTModule):
@@ -32,6 +31,10 @@ class CausalLM(HiFTModule):
         interval: Whether the scheduler counts optimizer steps or epochs.
         bytes_per_token: Mean bytes of text per token, 1 for a model of bytes. With it, ``val_bits_per_byte`` is logged
             beside ``val_loss`` (nats per token), which makes vocabularies comparable.
+        loss_chunk_tokens: Compute head and loss over so many tokens at a time, so that only their logits exist; a few
+            hundred to a few thousand for a large vocabulary. The loss stays the same but for rounding. Costs the head's
+            forward pass a second time. For models whose loss is the plain cross-entropy of their head's output, which
+            is tried once on a tiny batch.
         accumulate_grad_batches: See ``HiFTModule``.
         gradient_clip_val: See ``HiFTModule``.
         gradient_clip_algorithm: See ``HiFTModule``.
@@ -39,7 +42,8 @@ class CausalLM(HiFTModule):
 
     Raises:
         ValueError: An argument is out of range. In ``configure_model``: transformers has no causal language model of
-            this type, or its configuration has no such field.
+            this type, or its configuration has no such field. At the first loss: ``loss_chunk_tokens`` does not go with
+            this model.
     """
 
     network: nn.Module | None
@@ -52,6 +56,7 @@ class CausalLM(HiFTModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         interval: Literal["step", "epoch"] = "step",
         bytes_per_token: float | None = None,
+        loss_chunk_tokens: int | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
@@ -60,12 +65,16 @@ class CausalLM(HiFTModule):
         super().__init__(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm, lr_monitor)
         if bytes_per_token is not None and bytes_per_token <= 0:
             raise ValueError(f"Got bytes_per_token={bytes_per_token}; it must be above 0.")
+        if loss_chunk_tokens is not None and loss_chunk_tokens < 1:
+            raise ValueError(f"Got loss_chunk_tokens={loss_chunk_tokens}; it must be at least 1.")
         self.model_type = model_type
         self.model_config = model_config or {}
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.interval = interval
         self.bytes_per_token = bytes_per_token
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self._tried_modes: set[bool] = set()  # training and evaluation, in which the loss may differ
         self.network = None
 
     @override
@@ -112,8 +121,19 @@ class CausalLM(HiFTModule):
     def _loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean loss in nats per predicted token, and the number of predicted tokens; both scalars."""
         labels = batch.get("labels", batch["input_ids"])
-        loss: Tensor = self({**batch, "labels": labels}).loss
-        return loss, (labels[:, 1:] != _IGNORED_LABEL).sum()
+        if self.loss_chunk_tokens is None:
+            loss: Tensor = self({**batch, "labels": labels}).loss
+        else:
+            loss = self._loss_in_chunks(batch, labels, self.loss_chunk_tokens)
+        return loss, (labels[:, 1:] != IGNORED_LABEL).sum()
+
+    def _loss_in_chunks(self, batch: Mapping[str, Any], labels: Tensor, chunk_tokens: int) -> Tensor:
+        assert self.network is not None, "configure_model builds the network; the Trainer calls it"
+        if self.network.training not in self._tried_modes:
+            refuse_other_losses(self.network)
+            self._tried_modes.add(self.network.training)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return chunked_loss(self.network, inputs, labels, chunk_tokens)
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         loss, num_tokens = self._loss(batch)
