@@ -21,10 +21,12 @@ class SavedBytes:
 
     Args:
         ignored: Tensors that live on anyway, such as parameters and buffers.
+        forward_only: Leave out what a backward pass saves when it computes something again for itself.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
+    def __init__(self, ignored: Iterable[Tensor] = (), forward_only: bool = False) -> None:
         self._ignored = storages_of(ignored).keys()
+        self._forward_only = forward_only
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self.paused = False
         self.storages: dict[int, int] = {}  # bytes by identity
@@ -42,7 +44,8 @@ class SavedBytes:
 
         def count_and_keep(tensor: Tensor) -> Any:
             key, nbytes = _storage(tensor)
-            if not self.paused and key not in self._ignored:
+            is_left_out = self._forward_only and torch._C._current_graph_task_id() != -1  # in a backward pass
+            if not self.paused and not is_left_out and key not in self._ignored:
                 self.storages[key] = nbytes
             return keep(tensor)
 
@@ -152,7 +155,7 @@ class Measurement:
         self._own_inputs: list[dict[int, int]] = []  # of each call, without those of the calls before it
         self._inputs: dict[int, int] = {}
         self._saved_inputs: set[int] = set()  # inputs that a block itself saves, too
-        self._around = SavedBytes(ignored)
+        self._around = SavedBytes(ignored, forward_only=True)
         self._around.__enter__()
 
     def leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -195,6 +196,16 @@ def test_activation_budget_and_chunks_go_together() -> None:
         return float(fitted.callback_metrics["train_loss"])
 
     assert loss(activation_budget="40KB") == pytest.approx(loss(), rel=1e-6)
+
+
+def test_a_budget_does_not_count_what_the_backward_pass_saves_for_itself() -> None:
+    def smallest_budget(chunk_tokens: int) -> str:
+        fitted = trainer(strategy=HiFTStrategy(activation_budget="1KB"))
+        with pytest.raises(ValueError, match=r"holds \d+ bytes") as caught:
+            fitted.fit(module(loss_chunk_tokens=chunk_tokens), rows())
+        return re.search(r"holds (\d+) bytes", str(caught.value)).group(1)  # type: ignore[union-attr]
+
+    assert len({smallest_budget(tokens) for tokens in (1, 5, 16)}) == 1
 
 
 def test_the_model_is_tried_once_in_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
