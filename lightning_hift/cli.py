@@ -234,7 +234,7 @@ class HiFTCLI(LightningCLI):
     def _show(self, subcommand: str, **kwargs: Any) -> None:
         try:
             getattr(self.trainer, subcommand)(**kwargs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             self.parser.error(str(error))
 
 

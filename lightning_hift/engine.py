@@ -127,6 +127,7 @@ class HiFTEngine:
         for name in ("train", "eval"):  # schedule-free optimizers move all weights between two points
             if callable(getattr(optimizer, name, None)):
                 setattr(optimizer, name, partial(self._switch, name))
+        optimizer.__getstate__ = self._get_state  # type: ignore[method-assign]  # for copies and pickles
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -413,6 +414,12 @@ class HiFTEngine:
         own = {key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY}
         Optimizer.load_state_dict(self.optimizer, self._state.read_own_format(own) | position)
 
+    def _get_state(self) -> dict[str, Any]:
+        """What copies and pickles hold: an ordinary optimizer with all state, but without masters and counters."""
+        collected, owned = self._state.collect().state, parameters_of(self.optimizer)
+        own: dict[str, Any] = type(self.optimizer).__getstate__(self.optimizer)
+        return {**own, "state": {**own["state"], **{owned[i]: values for i, values in collected.items()}}}
+
     def _switch(self, name: str) -> None:
         """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
         rounds: list[tuple[int | str, list[Piece]]] = [
@@ -495,7 +502,7 @@ class HiFTEngine:
         for hook in self._hooks:
             hook.remove()
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
-        for name in ("load_state_dict", "train", "eval"):
+        for name in ("load_state_dict", "train", "eval", "__getstate__"):
             vars(self.optimizer).pop(name, None)
         self._state.hand_back(to_device)
 

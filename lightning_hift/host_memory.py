@@ -129,9 +129,18 @@ def _forget_last_error() -> None:
         torch.zeros(1, device="cuda")
 
 
-def _make_folder(directory: Path) -> Path:
-    if not directory.is_dir():
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Refuse what is no directory.
+
+    Raises:
+        NotADirectoryError: As said.
+    """
+    if not Path(directory).is_dir():
         raise NotADirectoryError(f"{directory} is no directory. Create it, or name one that exists.")
+
+
+def _make_folder(directory: Path) -> Path:
+    check_directory(directory)
     _remove_leftovers(directory)
     try:
         return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{_HOST}-{os.getpid()}-", dir=directory))

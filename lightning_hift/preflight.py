@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_hift.attach import OptimizerGroups
 from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.host_memory import check_directory
 from lightning_hift.master_weights import HALF_DTYPES, MasterWeights, resolve_master_weights
 from lightning_hift.memory import GroupBytes, StateBytes, available_host_memory, check_memory, group_bytes
 from lightning_hift.offload import Offload
@@ -101,6 +102,7 @@ def _bytes_of(
 
 
 def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], steps_per_sweep: int) -> str:
+    check_directory(directory)
     total, free = sum(g.state + g.masters for g in groups), shutil.disk_usage(directory).free
     if total > free:
         raise RuntimeError(

@@ -505,3 +505,17 @@ def test_shipped_configurations_are_planned(
     shipped = (ROOT / "examples" / "plans" / f"{path.stem}.md").read_text()
     layers = options_of(path.stem)["model_config"]["num_hidden_layers"]
     assert f"{layers + 2} layer groups, precision bf16-true" in shipped
+
+
+def test_a_precision_that_cannot_be_rehearsed_spoils_no_other() -> None:
+    def loss(model: Any, batch_size: int, length: int) -> Tensor:
+        out = model.net(torch.zeros(batch_size, length, dtype=torch.long, device="cpu"))
+        if out.dtype == torch.float32:
+            raise RuntimeError("Expected inputs of BF16 type")
+        return out.square().mean()  # type: ignore[no-any-return]
+
+    plan = make_plan(Plain(), Setup(precision="bf16-true"), compute_loss=loss)
+    split = next(row for row in plan.comparison if row.name == "HiFT, Mixed^Hi, split masters")
+    assert split.peak == plan.forecast.peak
+    assert any(note.endswith("(precision=32-true)") for note in plan.notes)
+    assert not any("bf16-true" in note for note in plan.notes)

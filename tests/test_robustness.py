@@ -474,3 +474,21 @@ def test_schedule_after_an_excursion_to_plain_lightning(tmp_path):
     assert third.lightning_module.lrs[0] == expected[15]
     assert third.lr_scheduler_configs[0].scheduler.last_epoch == 24
     assert third.optimizers[0].param_groups[0]["lr"] == expected[23]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_of_an_optimizer_hold_its_state(copied, closed):
+    model = Net()
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    for batch in tokens(7):
+        next_token_loss(model, batch).backward()
+        engine.optimizer.step()
+    if closed:
+        engine.close()
+    expected = engine.optimizer.state_dict()["state"]
+    found = copied(engine.optimizer).state_dict()
+    assert "hift" not in found
+    assert found["state"].keys() == expected.keys()
+    for i, values in expected.items():
+        assert all(torch.equal(value, found["state"][i][key]) for key, value in values.items())

@@ -161,3 +161,8 @@ def test_import_does_not_load_transformers() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_values_that_do_not_go_together_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'hidden_size': 65.*not a multiple of the number of attention heads"):
+        CausalLM("llama", {"hidden_size": 65, "num_attention_heads": 4}).configure_model()

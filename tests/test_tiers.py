@@ -329,3 +329,9 @@ def test_wear_of_the_disk_is_printed(caplog, tmp_path):
     # 9544 bytes in five groups, a thousand times
     assert "optimizer state takes 9.32 KiB in" in caplog.text
     assert "1,000 steps write about 1.82 MiB" in caplog.text
+
+
+def test_trainer_without_its_directory(tmp_path):
+    strategy = HiFTStrategy(offload="disk", offload_directory=str(tmp_path / "no"))
+    with pytest.raises(NotADirectoryError, match="Create it"):
+        trainer(strategy=strategy).fit(Automatic(), loader(2))

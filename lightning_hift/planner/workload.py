@@ -70,6 +70,7 @@ class Workload:
         always_active: Sequence[str] | None = None,
     ) -> None:
         self.notes: list[str] = []
+        self._unplanned: set[str] = set()  # precisions
         self.model, _ = copy_without_memory(model)
         self.optimizer = self._optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -154,7 +155,7 @@ class Workload:
                 self._needs[key] = self._rehearse(groups[i], precision, batch_size, sequence_length, checkpointed)
             return self._needs[key]
 
-        if self._compute_loss is None:
+        if self._compute_loss is None or precision in self._unplanned:
             return None
         try:
             if ends_only:
@@ -163,8 +164,9 @@ class Workload:
             peaks = peaks_by_depth(lambda i: measure(i).peak, alike)
             return {i: Needs(saved[i], peaks[i]) for i in saved}
         except Exception as error:  # model code that needs the values of its tensors, and anything else
-            self._compute_loss = None
-            self.notes.append(f"Activations are not planned: {type(error).__name__}: {str(error).splitlines()[0]}")
+            self._unplanned.add(precision)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            self.notes.append(f"Activations are not planned: {reason} (precision={precision})")
             return None
 
     def _rehearse(self, group: LayerGroup, precision: str, batch: int, length: int, checkpointed: bool) -> Needs:

@@ -172,7 +172,13 @@ def build_network(model_type: str, model_config: Mapping[str, Any]) -> nn.Module
             f" {_nearest(unknown[0], defaults.to_dict())}"
         )
     # A cache of keys and values serves generation; in training it only costs memory.
-    config = AutoConfig.for_model(model_type, **{"use_cache": False, **model_config})
+    try:
+        config = AutoConfig.for_model(model_type, **{"use_cache": False, **model_config})
+    except Exception as error:  # transformers has classes of its own for what does not go together
+        raise ValueError(
+            f"Got model_config={dict(model_config)}, which {type(defaults).__name__} of transformers refuses:"
+            f" {error.__cause__ or error} Change those values."
+        ) from error
     network: nn.Module = AutoModelForCausalLM.from_config(config)
     return network
 
