@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,8 +20,10 @@ from lightning_hift.planner.forecast import Setup
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.report import describe_groups
+from lightning_hift.strategy import HiFTStrategy
 
 _WITHOUT_A_RUN = ("groups", "plan")
+_SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
 
 
 class HiFTTrainer(pl.Trainer):
@@ -101,7 +103,7 @@ class HiFTTrainer(pl.Trainer):
             always_active=callback.always_active,
             device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
             host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
-            link=parse_bytes(link.removesuffix("/s"), "link"),
+            link=_bytes_per_second(link),
             sustained_flops=tflops * 1e12,
             compare=compare,
         )
@@ -121,6 +123,13 @@ class HiFTTrainer(pl.Trainer):
         if given.get("activation_budget") is not None:
             given["activation_budget"] = parse_bytes(given["activation_budget"], "activation_budget")
         return given
+
+
+def _bytes_per_second(link: str) -> int:
+    try:
+        return parse_bytes(link.removesuffix("/s"), "link")
+    except ValueError as error:
+        raise ValueError(f"Got link={link!r}; it must be a speed above 0, such as '25GB/s' or '12GiB/s'.") from error
 
 
 def _first_given(*values: int | None) -> int:
@@ -200,7 +209,7 @@ class HiFTCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and try the values under ``hift:``, so that a bad one ends in a short message like any other."""
+        """Parse, and try the values under ``hift:`` and those of a ``HiFTStrategy``."""
         if args is None:
             sys.argv[1:] = _with_underscores(sys.argv[1:])
         super().parse_arguments(parser, _with_underscores(args) if isinstance(args, list) else args)
@@ -210,10 +219,12 @@ class HiFTCLI(LightningCLI):
                 self._quieted[logger] = logger.level
                 logger.setLevel(logging.WARNING)  # devices and seeds are of no interest, nor is advertising
         config = self.config.get(self.config.get("subcommand") or "", self.config)
-        try:
-            HiFTCallback(**config["hift"])
-        except ValueError as error:
-            parser.error(f'Parser key "hift": {error}')
+        _try(parser, "hift", HiFTCallback, config["hift"])
+        strategy = config["trainer"]["strategy"]
+        if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
+            given = vars(strategy.init_args)
+            simple = {key: given[key] for key in _SIMPLE if key in given}
+            _try(parser, "trainer.strategy", HiFTStrategy, simple)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -236,6 +247,14 @@ class HiFTCLI(LightningCLI):
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, RuntimeError, OSError) as error:
             self.parser.error(str(error))
+
+
+def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], arguments: Any) -> None:
+    """Make what ``key`` describes, so that a bad value ends in a short message like any other."""
+    try:
+        make(**arguments)
+    except ValueError as error:
+        parser.error(f'Parser key "{key}": {error}')
 
 
 def _with_underscores(args: Sequence[str]) -> list[str]:

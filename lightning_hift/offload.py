@@ -406,5 +406,6 @@ def check_offload(offload: str, directory: str | os.PathLike[str] | None = None)
     if (offload == "disk") != (directory is not None):
         raise ValueError(
             f"Got offload={offload!r} with {'no directory' if directory is None else f'the directory {directory}'}."
-            " offload='disk' needs a directory for its files, on a fast disk; the others take none."
+            " offload='disk' needs a directory for its files (offload_directory of the strategy), on a fast disk; the"
+            " others take none."
         )

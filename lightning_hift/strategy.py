@@ -59,7 +59,7 @@ class HiFTStrategy(SingleDeviceStrategy):
 
     Raises:
         ValueError: ``offload`` or ``master_weights`` is unknown; ``offload_directory`` is missing, or given in vain;
-            ``activation_budget`` is no size.
+            ``activation_budget`` is no size; ``max_group_numel`` is below 1.
     """
 
     strategy_name = "hift"
@@ -80,6 +80,8 @@ class HiFTStrategy(SingleDeviceStrategy):
     ) -> None:
         check_offload(offload, offload_directory)
         check_master_weights(master_weights)
+        if max_group_numel is not None and max_group_numel < 1:
+            raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1, or None to slice nothing.")
         self.offload: Offload = offload
         self.offload_directory = offload_directory
         self.prefetch = prefetch

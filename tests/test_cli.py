@@ -305,3 +305,33 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "{fit,validate,test,predict,groups,plan}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("offload", "disk", "offload_directory"),
+        ("activation_budget", "lots", "activation_budget='lots'"),
+        ("max_group_numel", "0", "Got max_group_numel=0; it must be at least 1"),
+    ],
+)
+def test_a_bad_value_of_the_strategy_is_a_short_message(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strategy = ["--trainer.strategy", "lightning_hift.HiFTStrategy", f"--trainer.strategy.{option}", value]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *strategy, "--model", "lightning_hift.tasks.CausalLM", "--model.model_type", "llama"])
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert len(told.splitlines()) < 8
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("--link=0GB/s", "Got link='0GB/s'; it must be a speed above 0"), ("--tflops=0", "above 0")]
+)
+def test_speeds_of_a_plan_are_above_zero(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "lightning_hift.tasks.CausalLM", "--model.model_type", "llama"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *model, '--model.model_config={"num_hidden_layers": 1}', option])
+    assert message in capsys.readouterr().err

@@ -132,6 +132,11 @@ class Forecast:
         """The most bytes on the device in a sweep."""
         return max(group.peak for group in self.groups.values())
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether activations are known, for every group that was planned."""
+        return all(group.activations is not None for group in self.groups.values())
+
     def fits(self, device_memory: int | None, host_memory: int | None) -> bool:
         """Whether both places have room; ``None`` is room enough."""
         on_device = device_memory is None or self.peak <= device_memory

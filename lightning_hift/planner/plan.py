@@ -117,6 +117,9 @@ def make_plan(
     Raises:
         ValueError: The grouping does not fit the model; an argument is out of range.
     """
+    for name, value in (("link", link), ("sustained_flops", sustained_flops)):
+        if not value > 0:
+            raise ValueError(f"Got {name}={value}; it must be above 0.")
     setup = setup or Setup()
     workload = Workload(model, optimizer, compute_loss, units=units, frozen=frozen, always_active=always_active)
     asked = forecast(workload, setup, "as asked", every_group=True)

@@ -77,9 +77,11 @@ def _sums(plan: Plan) -> str:
     overhead = next(iter(plan.forecast.groups.values())).overhead
     on_disk = plan.forecast.setup.offload == "disk"
     written = f"{plan.written_per_1000_steps / 1e12:.2f} TB"
-    known = all(group.activations is not None for group in plan.forecast.groups.values())
     rows = [
-        ["device, largest peak" + ("" if known else " without activations"), format_bytes(plan.forecast.peak)],
+        [
+            "device, largest peak" + ("" if plan.forecast.is_complete else " without activations"),
+            format_bytes(plan.forecast.peak),
+        ],
         ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
         ["host", format_bytes(plan.forecast.host_bytes)],
         ["disk", format_bytes(plan.forecast.disk_bytes)],
@@ -107,8 +109,11 @@ def _fit_header(plan: Plan) -> list[str]:
 
 
 def _row(plan: Plan, forecast: Forecast) -> list[str]:
-    fits = ["yes" if forecast.fits(plan.device_memory, plan.host_memory) else "no"] if _fit_header(plan) else []
-    return [forecast.name, format_bytes(forecast.peak), format_bytes(forecast.host_bytes), *fits]
+    fits = "no" if not forecast.fits(plan.device_memory, plan.host_memory) else "yes"
+    device = format_bytes(forecast.peak)
+    if not forecast.is_complete:
+        fits, device = fits.replace("yes", "unknown"), f"{device} and activations"
+    return [forecast.name, device, format_bytes(forecast.host_bytes), *([fits] if _fit_header(plan) else [])]
 
 
 def _verdict(plan: Plan) -> str:
@@ -117,7 +122,7 @@ def _verdict(plan: Plan) -> str:
     if not room:
         return ""
     if plan.fits:
-        return f"Fits {room}."
+        return f"Fits {room}." if plan.forecast.is_complete else f"Fits {room} without its activations, not known here."
     needs = f"{format_bytes(plan.forecast.peak)} on the device and {format_bytes(plan.forecast.host_bytes)} on the host"
     verdict = f"Does not fit {room}: it needs {needs}."
     if plan.proposal is not None:
