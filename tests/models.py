@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hift import HiFTModule
+from lightning_hift.tasks.network import NetworkSource, build_network
 
 VOCABULARY, WIDTH = 17, 8
 
@@ -205,3 +206,8 @@ def assert_same_weights(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[st
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"weights differ: {different}"
+
+
+def language_model(model_type: str, model_config: dict[str, Any]) -> nn.Module:
+    """A causal language model with random weights."""
+    return build_network(NetworkSource(model_type=model_type, model_config=model_config), "AutoModelForCausalLM")

@@ -13,9 +13,8 @@ from lightning_hift.activations import SavedBytes
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.planner.plan import Setup, make_plan
 from lightning_hift.tasks import CausalLM
-from lightning_hift.tasks.causal_lm import build_network
 from lightning_hift.tasks.chunked_loss import chunked_loss, refuse_other_losses
-from tests.models import trainer
+from tests.models import language_model, trainer
 from tests.test_tasks import TINY
 
 TOKENS = torch.randint(256, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -24,7 +23,7 @@ LABELS = TOKENS.clone().masked_fill_(torch.arange(33).view(3, 11) % 4 == 1, -100
 
 def network(dtype: torch.dtype = torch.float32, model_type: str = "llama", **changes: Any) -> Any:
     torch.manual_seed(0)
-    return build_network(model_type, {**TINY, **changes}).to(dtype)
+    return language_model(model_type, {**TINY, **changes}).to(dtype)
 
 
 def gradients(model: Any, chunk_tokens: int | None, labels: torch.Tensor = LABELS) -> tuple[torch.Tensor, dict]:  # type: ignore[type-arg]
@@ -157,7 +156,7 @@ def test_plain_losses_are_accepted_and_leave_no_trace(model_type: str, changes: 
 
 def test_a_head_without_a_base_model_is_refused() -> None:
     sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = build_network("bert", sizes)
+    model = language_model("bert", sizes)
     with pytest.raises(ValueError, match="what its head gets is not what its base model returns"):
         refuse_other_losses(model)
 
@@ -169,7 +168,7 @@ def rows() -> Any:
 
 def module(**options: Any) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM("llama", TINY, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+    return CausalLM(model_type="llama", model_config=TINY, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_chunks_must_be_at_least_one_token() -> None:
 
 def test_the_planner_knows_of_chunks() -> None:
     def activations(chunk_tokens: int | None) -> int:
-        model = CausalLM("llama", {**TINY, "vocab_size": 4096}, loss_chunk_tokens=chunk_tokens)
+        model = CausalLM(model_type="llama", model_config={**TINY, "vocab_size": 4096}, loss_chunk_tokens=chunk_tokens)
         model.configure_model()
         plan = make_plan(model, Setup(batch_size=4, sequence_length=32), compare=False)
         return max(group.activations or 0 for group in plan.forecast.groups.values())

@@ -21,9 +21,8 @@ from lightning_hift.planner.forecast import Setup, forecast
 from lightning_hift.planner.plan import Plan, make_plan
 from lightning_hift.planner.report import plot_plan
 from lightning_hift.planner.workload import Workload
-from lightning_hift.tasks.causal_lm import build_network
 from tests.lagging import LaggingDevice
-from tests.models import Net
+from tests.models import Net, language_model
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "plan").glob("*.yaml"))
@@ -44,7 +43,7 @@ def published(name: str, optimizer: Any = torch.optim.AdamW, **changes: Any) -> 
     """A model of ``configs/plan``."""
     options = options_of(name)
     with torch.device("meta"):
-        network = build_network(options["model_type"], {**options["model_config"], **changes})
+        network = language_model(options["model_type"], {**options["model_config"], **changes})
     return Workload(network, lambda parameters: optimizer(parameters, lr=0.1))
 
 
@@ -189,7 +188,7 @@ def real_model(model_type: str, config: dict[str, Any], dtype: torch.dtype, chec
     if model_type == "bert":
         network: Any = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
     else:
-        network = build_network(model_type, config)
+        network = language_model(model_type, config)
     if checkpointed:
         network.activation_checkpointing_enable({"use_reentrant": False})
     return network.train().to(dtype)
@@ -314,7 +313,7 @@ def test_two_optimizers_are_refused() -> None:
 
 @cache
 def small() -> Workload:
-    return Workload(build_network("llama", {**LLAMA, "vocab_size": 4096}))
+    return Workload(language_model("llama", {**LLAMA, "vocab_size": 4096}))
 
 
 def plan_of(**options: Any) -> Any:

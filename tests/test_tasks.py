@@ -80,15 +80,16 @@ def test_labels_of_the_batch_are_used() -> None:
     ignored = torch.full_like(ids, -100)
     ignored[0, 5] = 7
     with torch.no_grad():
-        loss, num_tokens = module._loss({"input_ids": ids, "labels": ignored})
+        loss = module.loss({"input_ids": ids, "labels": ignored})
         expected = -module({"input_ids": ids}).logits[0, 4].log_softmax(-1)[7]
-    assert int(num_tokens) == 1
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_test_and_predict(data: PythonSourceDataModule) -> None:
     module = tiny()
-    assert trainer().test(module, data, verbose=False)[0].keys() == {"test_loss", "test_bits_per_byte"}
+    found = trainer().test(module, data, verbose=False)[0]
+    assert found.keys() == {"test_loss", "test_perplexity", "test_bits_per_byte"}
+    assert found["test_perplexity"] == pytest.approx(math.exp(found["test_loss"]), rel=1e-5)
     logits = trainer(limit_predict_batches=1).predict(module, data)
     assert logits is not None
     assert logits[0].shape == (8, 32, 256)
@@ -124,7 +125,9 @@ def test_accumulation_and_clipping_reach_the_base_class() -> None:
 
 
 def test_other_architectures_work() -> None:
-    module = CausalLM("gpt2", {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 256, "n_positions": 32})
+    module = CausalLM(
+        model_type="gpt2", model_config={"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 256, "n_positions": 32}
+    )
     module.configure_model()
     assert module({"input_ids": torch.zeros(1, 4, dtype=torch.long)}).logits.shape == (1, 4, 256)
 
@@ -132,8 +135,8 @@ def test_other_architectures_work() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("lama", "Got model_type='lama', which is no causal language model .* Did you mean 'llama'"),
-        ("vit", "Got model_type='vit', which is no causal language model"),
+        ("lama", "Got model_type='lama', which is no model for causal language modelling .* Did you mean 'llama'"),
+        ("vit", "Got model_type='vit', which is no model for causal language modelling"),
     ],
 )
 def test_unknown_model_type_is_refused(model_type: str, message: str) -> None:
@@ -165,4 +168,4 @@ def test_import_does_not_load_transformers() -> None:
 
 def test_values_that_do_not_go_together_are_named() -> None:
     with pytest.raises(ValueError, match=r"'hidden_size': 65.*not a multiple of the number of attention heads"):
-        CausalLM("llama", {"hidden_size": 65, "num_attention_heads": 4}).configure_model()
+        CausalLM(model_type="llama", model_config={"hidden_size": 65, "num_attention_heads": 4}).configure_model()

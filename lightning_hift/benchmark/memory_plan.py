@@ -76,8 +76,8 @@ def plan_row(row: Row, device_bytes: int | None) -> PlannedRow:
 @cache
 def _workload(model: str, layers: int, chunk_tokens: int | None) -> Workload:
     module = CausalLM(
-        "llama",
-        {**MODELS[model], "num_hidden_layers": layers},
+        model_type="llama",
+        model_config={**MODELS[model], "num_hidden_layers": layers},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True),
         loss_chunk_tokens=chunk_tokens,
     )

@@ -118,8 +118,8 @@ def build_module(planned: PlannedRow) -> CausalLM:
     """The row's model with weights in 32 bits on the host."""
     row = planned.row
     module = CausalLM(
-        "llama",
-        {**MODELS[row.model], "num_hidden_layers": planned.layers},
+        model_type="llama",
+        model_config={**MODELS[row.model], "num_hidden_layers": planned.layers},
         optimizer=_optimizer(row.setup.eight_bit),
         loss_chunk_tokens=row.chunk_tokens,
     )

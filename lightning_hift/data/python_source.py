@@ -110,7 +110,7 @@ class PythonSourceDataModule(pl.LightningDataModule):
 
     def _share(self, path: Path) -> float:
         """A number in [0, 1) that depends on the path inside the folder only, so it is the same on all machines."""
-        return _stable_hash(f"{self.seed}/{path.relative_to(self.folder).as_posix()}") / 2**63
+        return stable_hash(f"{self.seed}/{path.relative_to(self.folder).as_posix()}") / 2**63
 
     def _read(self) -> tuple[Tensor, Tensor]:
         if self._texts is None:
@@ -191,7 +191,7 @@ class ShuffledBatches:
         return {"num_sequences": len(self._sequences), "batch_size": self._batch_size, "seed": self._seed}
 
     def _shuffle(self, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_stable_hash(f"{self._seed}/{number}"))
+        generator = torch.Generator().manual_seed(stable_hash(f"{self._seed}/{number}"))
         return torch.randperm(len(self._sequences), generator=generator)
 
 
@@ -247,7 +247,7 @@ def _cut(text: Tensor, length: int) -> Tensor:
     return text[: len(text) // length * length].view(-1, length)
 
 
-def _stable_hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """63 bits that are the same in every process, unlike those of ``hash``."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -1,0 +1,127 @@
+"""Texts or pairs of texts with a class or a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_hift.data.bad_rows import BadRow
+from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
+
+
+class ClassificationDataModule(TextDataModule):
+    """Rows of a text, or a pair of texts, and a label.
+
+    A batch is a mapping of what the tokenizer gives (``input_ids`` and ``attention_mask``, perhaps
+    ``token_type_ids``, shape (batch, length)) and ``labels``, shape (batch,): class indices or floats.
+
+    Args:
+        text: Column of the text.
+        text_pair: Column of a second text.
+        label: Column of the label; rows to predict need none.
+        label_names: Classes in the order of their indices; a label is one of these names, or an index written as a
+            number. Default: what the data set declares, or the labels found in training, sorted.
+        regression: The label is a number.
+        kwargs: See ``TextDataModule``.
+
+    Raises:
+        ValueError: See ``TextDataModule``; or there are ``label_names`` for a regression.
+    """
+
+    columns_needed = ("text", "text_pair")
+    target_columns = ("label",)
+
+    def __init__(
+        self,
+        *,
+        text: str = "text",
+        text_pair: str | None = None,
+        label: str = "label",
+        label_names: list[str] | None = None,
+        regression: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if regression and label_names is not None:
+            raise ValueError(f"Got label_names={label_names} with regression=True, which has none. Leave one out.")
+        self.text = text
+        self.text_pair = text_pair
+        self.label = label
+        self.regression = regression
+        self.given_label_names = label_names
+
+    @cached_property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes in the order of their indices; ``None`` for a regression."""
+        if self.regression:
+            return None
+        if self.given_label_names is not None:
+            return [str(name) for name in self.given_label_names]
+        table = self.table("train")
+        names = getattr(table.features[self.label], "names", None)
+        if names is not None:
+            return list(names)
+        found = {value for value in table.unique(self.label) if value not in (None, "")}
+        return [str(value) for value in sorted(found)]
+
+    @override
+    def encoding_options(self) -> dict[str, Any]:
+        return {
+            "columns": [self.text, self.text_pair, self.label],
+            "label_names": self.label_names,
+            "regression": self.regression,
+        }
+
+    @override
+    def encode(self, row: Mapping[str, Any], split: Split) -> list[dict[str, Any]]:
+        texts = [text_in(row, column) for column in (self.text, self.text_pair) if column is not None]
+        encoded = self.tokenizer(*texts)
+        is_long = len(encoded["input_ids"]) > self.max_length
+        if is_long:
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        example = {**encoded, TRUNCATED: is_long}
+        if split != "predict":
+            example["labels"] = self.read_label(row)
+        return [example]
+
+    def read_label(self, row: Mapping[str, Any]) -> int | float:
+        """The class index, or the number.
+
+        Raises:
+            BadRow: It is neither.
+        """
+        value = row.get(self.label)
+        if value is None or value == "":
+            raise BadRow(self.label, "there is no label")
+        if self.regression:
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise BadRow(self.label, f"got {value!r}, which is no number")
+            return number
+        names = self.label_names
+        assert names is not None
+        if str(value) in names:
+            return names.index(str(value))
+        index = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else -1
+        if not 0 <= index < len(names):
+            raise BadRow(self.label, f"got {value!r}; it must be one of {', '.join(names)}")
+        return index
+
+
+def text_in(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        BadRow: It is empty, or no text.
+    """
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(column, "there is no text" if value in (None, "") else f"got {value!r}, which is no text")
+    return value

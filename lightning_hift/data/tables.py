@@ -1,0 +1,256 @@
+"""Rows of local files or of a data set on the Hugging Face hub, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from lightning_hift.data.bad_rows import OnBadRow, settle
+
+PLACE, FAULT = "__place__", "__fault__"
+"""Columns of every table: ``file:line`` of the row, and why it cannot be used, or nothing."""
+
+_VERSION = 1  # of the reader; another one reads cached files again
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How local files are written.
+
+    Args:
+        kind: ``"csv"``, ``"tsv"``, ``"jsonl"``, ``"json"``, ``"parquet"`` or ``"txt"``; default: the end of the name.
+        columns: Names of the columns of csv and tsv files that have no header.
+        delimiter: Between columns; default: comma in csv, tab in tsv.
+        quote: Around fields that contain a delimiter; default: ``"`` in csv, none in tsv.
+        line_pattern: For txt files: a regular expression with named groups, which become columns. Default: one column,
+            ``text``.
+        records: For json files: the key under which the list of rows is found, with dots into nested ones.
+        encoding: Of the files.
+    """
+
+    kind: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt"] | None = None
+    columns: Sequence[str] | None = None
+    delimiter: str | None = None
+    quote: str | None = None
+    line_pattern: str | None = None
+    records: str | None = None
+    encoding: str = "utf-8"
+
+
+def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | None = None) -> Any:
+    """Rows of local files as a ``datasets.Dataset``, read once and then cached until they change.
+
+    Args:
+        paths: Files whose names end in .csv, .tsv, .jsonl, .json, .parquet or .txt, perhaps with .gz behind.
+        file_format: How they are written.
+        cache: Folder for what was read; default: that of ``datasets``.
+
+    Returns:
+        All columns of the files, with ``PLACE`` and ``FAULT``; bad rows are in it.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A name ends in something else, a file has no header, or a whole file cannot be read.
+    """
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"Got the file {path}, which does not exist. Paths are relative to {Path.cwd()}.")
+        if _kind_of(path, file_format) not in _READERS:
+            raise ValueError(
+                f"Got the file {path}, whose name does not end in one of {', '.join(_READERS)} (or that and gz). Say"
+                " which of them it is: kind in file_format."
+            )
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr((_VERSION, file_format, stats)).encode())
+    try:
+        return Dataset.from_generator(
+            _rows,
+            gen_kwargs={"paths": [str(path) for path in paths], "file_format": file_format},
+            cache_dir=None if cache is None else str(cache),
+            fingerprint=key.hexdigest()[:16],
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error
+
+
+def read_hub(name: str, config_name: str | None, split: str, revision: str | None, cache: Path | None = None) -> Any:
+    """Rows of a data set on the hub, or of a folder that ``datasets`` can load, with ``PLACE`` and ``FAULT``.
+
+    Raises:
+        OSError: There is no such data set in the cache, and the hub does not have it or cannot be reached.
+        ValueError: It has no such configuration or split.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        table = load_dataset(
+            name, config_name, split=split, revision=revision, cache_dir=None if cache is None else str(cache)
+        )
+    except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
+        raise OSError(
+            f"Got dataset={name!r}, which is no local folder and not cached, and the hub gave nothing:"
+            f" {str(error).splitlines()[0]} Without a network, name local files under files, or load it once where"
+            " there is one and copy the cache."
+        ) from error
+    places = [f"{name} {split}:{i}" for i in range(len(table))]
+    return table.add_column(PLACE, places).add_column(FAULT, [""] * len(table))
+
+
+def without_bad_rows(table: Any, on_bad_row: OnBadRow) -> Any:
+    """``table`` without its bad rows and without the column that marks them.
+
+    Raises:
+        ValueError: There are bad rows, and they are not to be skipped.
+    """
+    faults = table[FAULT]
+    bad = [i for i, fault in enumerate(faults) if fault]
+    if bad:
+        settle([f"{table[i][PLACE]}: {table[i][FAULT]}" for i in bad], len(table), on_bad_row)
+        is_bad = set(bad)
+        table = table.select([i for i in range(len(table)) if i not in is_bad])
+    return table.remove_columns(FAULT)
+
+
+# --- one reader per format --------------------------------------------------------------------------------------------
+
+
+def _rows(paths: list[str], file_format: FileFormat) -> Iterator[dict[str, Any]]:
+    """All rows of all files with the same columns in the same order, as Arrow wants them."""
+
+    def read() -> Iterator[tuple[Path, Row]]:
+        return (
+            (path, row) for path in map(Path, paths) for row in _READERS[_kind_of(path, file_format)](path, file_format)
+        )
+
+    kinds: dict[str, type | None] = {}
+    for _, (_, row, _) in read():
+        for column, value in row.items():
+            kinds[column] = kinds.get(column) or _kind(value)
+    for path, (line, row, fault) in read():
+        for column, value in row.items():
+            kind = _kind(value)
+            if kind not in (None, kinds[column]) and not fault:
+                fault = f"column {column!r} holds a {type(value).__name__}, where rows before it hold another type"
+        values = dict.fromkeys(kinds) if fault else {column: row.get(column) for column in kinds}
+        yield {**values, PLACE: f"{path}:{line}", FAULT: fault}
+
+
+def _kind(value: Any) -> type | None:
+    """What a column has one of: all numbers are of one kind."""
+    return None if value is None else float if isinstance(value, (bool, int, float)) else type(value)
+
+
+Row = tuple[int, Mapping[str, Any], str]
+"""Line, counted from 1, columns, and the fault or nothing."""
+
+
+def _read_separated(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    is_csv = _kind_of(path, file_format) == "csv"
+    quote = file_format.quote if file_format.quote is not None else ('"' if is_csv else None)
+    with _open(path, file_format) as file:
+        reader = csv.reader(
+            file,
+            delimiter=file_format.delimiter or ("," if is_csv else "\t"),
+            quotechar=quote or None,
+            quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+        )
+        columns = list(file_format.columns) if file_format.columns is not None else next(reader, None)
+        if columns is None:
+            raise ValueError(f"{path} is empty: it has no header. Give columns if it needs none.")
+        start = reader.line_num + 1
+        for fields in reader:
+            line, start = start, reader.line_num + 1
+            if not fields:
+                continue
+            fault = ""
+            if len(fields) != len(columns):
+                fault = f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
+                fields = (fields + [""] * len(columns))[: len(columns)]
+            yield line, dict(zip(columns, fields, strict=True)), fault
+
+
+def _read_lines(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    pattern = re.compile(file_format.line_pattern or "(?P<text>.*)")
+    if not pattern.groupindex:
+        raise ValueError(f"Got line_pattern={file_format.line_pattern!r}; it needs named groups, like '(?P<text>.*)'.")
+    with _open(path, file_format) as file:
+        for line, text in enumerate(file, 1):
+            match = pattern.fullmatch(text.rstrip("\r\n"))
+            if match is None:
+                yield line, dict.fromkeys(pattern.groupindex, ""), f"line_pattern does not match {text[:60]!r}"
+            elif text.strip() or file_format.line_pattern is None:
+                yield line, match.groupdict(), ""
+
+
+def _read_json_lines(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    with _open(path, file_format) as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+                fault = "" if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
+            except json.JSONDecodeError as error:
+                row, fault = {}, f"column {error.colno}: {error.msg}"
+            yield line, row if isinstance(row, dict) else {}, fault
+
+
+def _read_json(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    with _open(path, file_format) as file:
+        try:
+            found = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: column {error.colno}: {error.msg}. It is no JSON.") from error
+    for key in file_format.records.split(".") if file_format.records else ():
+        if not isinstance(found, dict) or key not in found:
+            known = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise ValueError(f"Got records={file_format.records!r}, but {path} has no {key!r} there; it has {known}.")
+        found = found[key]
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}, not a list of rows. Say under which key the list is: records."
+        )
+    for number, row in enumerate(found, 1):
+        is_object = isinstance(row, dict)
+        yield number, row if is_object else {}, "" if is_object else f"it is a {type(row).__name__}, not an object"
+
+
+def _read_parquet(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row, ""
+
+
+_READERS = {
+    "csv": _read_separated,
+    "tsv": _read_separated,
+    "txt": _read_lines,
+    "jsonl": _read_json_lines,
+    "json": _read_json,
+    "parquet": _read_parquet,
+}
+
+
+def _open(path: Path, file_format: FileFormat) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=file_format.encoding, newline="")
+    return path.open(encoding=file_format.encoding, newline="")
+
+
+def _kind_of(path: Path, file_format: FileFormat) -> str:
+    return file_format.kind or (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower().removeprefix(".")

@@ -1,0 +1,345 @@
+"""What all data sets of texts have in common: where rows come from, tokens, caches, batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_hift.data.bad_rows import BadRow, OnBadRow
+from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
+from lightning_hift.data.tables import FAULT, PLACE, FileFormat, read_files, read_hub, without_bad_rows
+from lightning_hift.data.tokenizer import fingerprint_of, load_tokenizer
+
+Split = Literal["train", "validation", "test", "predict"]
+
+TRUNCATED = "__truncated__"
+"""Column of encoded examples: whether tokens were cut off."""
+
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Base class of data modules of texts, from local files or the Hugging Face hub.
+
+    A subclass writes ``encode`` (a row becomes examples) and ``encoding_options`` (what ``encode`` depends on), and
+    ``collate`` if examples hold more than tokens. Encoded examples are cached on disk and stay there; training batches
+    hold examples of similar length, and can be resumed in mid-epoch.
+
+    Args:
+        dataset: Name of a data set on the hub, or a local folder that ``datasets`` can load.
+        config_name: Configuration of ``dataset``, such as ``"sst2"`` of ``"nyu-mll/glue"``.
+        splits: Which split of ``dataset`` is ``train``, ``validation``, ``test`` and ``predict``, with slices as in
+            ``"train[:80%]"``; default: those of the same name.
+        files: Instead of ``dataset``: local files by ``train``, ``validation``, ``test`` and ``predict``; one path or a
+            list. csv, tsv, jsonl, json, parquet and txt, also with .gz behind.
+        file_format: How the files are written.
+        validation_fraction: Share of the training rows that is held out, where there are no validation rows.
+        max_train_rows: Use only so many training rows, drawn by ``seed``.
+        max_val_rows: Use only the first so many rows for validation.
+        tokenizer: Name on the hub or local folder; default: the ``model`` of the module that is trained.
+        max_length: Most tokens per sequence; longer ones are cut, and counted in a warning. Default: what the model
+            allows, at most 512.
+        batch_size: Rows per training batch.
+        eval_batch_size: Rows per batch otherwise; default: ``batch_size``.
+        bucket_by_length: Put examples of similar length into one batch, so that little is padded.
+        on_bad_row: ``"error"`` names all rows that cannot be used, ``"skip"`` leaves them out and counts them.
+        cache_dir: Folder of what was read and encoded; default: that of ``datasets``.
+        revision: Branch, tag or commit of ``dataset``.
+        seed: Of the order of training batches, and of what is drawn.
+
+    Raises:
+        ValueError: An argument is out of range. In ``setup``: rows cannot be used, a split is empty, a column is
+            missing, or ``max_length`` is more than the model allows.
+        FileNotFoundError: In ``setup``: a file does not exist.
+        OSError: In ``setup``: a data set or tokenizer is not to be had.
+    """
+
+    columns_needed: ClassVar[tuple[str, ...]] = ()
+    """Arguments that name columns which each row must have."""
+
+    target_columns: ClassVar[tuple[str, ...]] = ()
+    """Likewise, but rows to predict need none."""
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        config_name: str | None = None,
+        splits: dict[str, str] | None = None,
+        files: dict[str, str | list[str]] | None = None,
+        file_format: FileFormat | None = None,
+        validation_fraction: float | None = None,
+        max_train_rows: int | None = None,
+        max_val_rows: int | None = None,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        bucket_by_length: bool = True,
+        on_bad_row: OnBadRow = "error",
+        cache_dir: str | None = None,
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (dataset is None) == (files is None):
+            raise ValueError(f"Got dataset={dataset!r} and files={files!r}; give one of them.")
+        for name in (*(splits or ()), *(files or ())):
+            if name not in get_args(Split):
+                raise ValueError(f"Got the split {name!r}; there are {', '.join(get_args(Split))}.")
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        for name, value in {**counts, "max_train_rows": max_train_rows, "max_val_rows": max_val_rows}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"Got {name}={value}; it must be at least 1.")
+        if validation_fraction is not None and not 0 < validation_fraction < 1:
+            raise ValueError(f"Got validation_fraction={validation_fraction}; it must lie between 0 and 1.")
+        if on_bad_row not in get_args(OnBadRow):
+            raise ValueError(f"Got on_bad_row={on_bad_row!r}; it must be 'error' or 'skip'.")
+        self.dataset = dataset
+        self.config_name = config_name
+        self.splits = splits or {}
+        self.files = files
+        self.file_format = file_format or FileFormat()
+        self.validation_fraction = validation_fraction
+        self.max_train_rows = max_train_rows
+        self.max_val_rows = max_val_rows
+        self.tokenizer_name = tokenizer
+        self.given_max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.bucket_by_length = bucket_by_length
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.revision = revision
+        self.seed = seed
+        self.examples: dict[str, Any] = {}  # encoded, by split
+        self._tables: dict[str, Any] = {}
+
+    # --- for subclasses -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, row: Mapping[str, Any], split: Split) -> list[dict[str, Any]]:
+        """Examples made from one row: mappings with ``input_ids``, a list of ints, and ``TRUNCATED``, a bool.
+
+        Raises:
+            BadRow: The row cannot be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define encode(row, split).")
+
+    def encoding_options(self) -> dict[str, Any]:
+        """Everything else that ``encode`` depends on; examples are encoded again if it changes."""
+        return {}
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: token lists are padded to the longest, on the right; numbers become tensors."""
+        return {name: self.pad(name, [example[name] for example in examples]) for name in examples[0]}
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a padding token.
+
+        Raises:
+            ValueError: None was named, and the module has no ``model``; or it has no token to pad with.
+            OSError: It is not to be had.
+        """
+        name = self.tokenizer_name or getattr(getattr(self._module, "source", None), "model", None)
+        if name is None:
+            raise ValueError(
+                "Got no tokenizer, and no model to take it from. Name one: tokenizer is a name on the hub or a local"
+                " folder."
+            )
+        return load_tokenizer(name)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Most tokens per sequence.
+
+        Raises:
+            ValueError: More were asked for than the model allows.
+        """
+        limits = [self.tokenizer.model_max_length, getattr(self._module, "max_positions", None)]
+        limit = min((n for n in limits if n is not None and n < 1e9), default=None)
+        if self.given_max_length is None:
+            return min(limit or 512, 512)
+        if limit is not None and self.given_max_length > limit:
+            raise ValueError(f"Got max_length={self.given_max_length}, but the model takes at most {limit} tokens.")
+        return self.given_max_length
+
+    @property
+    def sequence_length(self) -> int | None:
+        """The length to plan memory for, where it was said."""
+        return self.given_max_length
+
+    def pad(self, name: str, values: Sequence[Any]) -> Tensor:
+        """One tensor for the values that examples have under ``name``; lists are padded to the longest.
+
+        Labels are padded by -100, tokens by the padding token, anything else by 0.
+        """
+        if not isinstance(values[0], (list, tuple)):
+            return torch.tensor(values)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}.get(name, 0)
+        width = max(map(len, values))
+        return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
+
+    # --- rows and examples --------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        for split in _STAGES[stage]:
+            if split not in self.examples and (split == "train" or self._has(split)):
+                self.examples[split] = self._encode(split)
+
+    def table(self, split: Split) -> Any:
+        """The rows of a split, a ``datasets.Dataset``, without bad ones.
+
+        Raises:
+            ValueError: There are bad rows that are not to be skipped, or no rows at all, or there is no such split.
+        """
+        if split not in self._tables:
+            self._tables[split] = self._select(split, self._read(split))
+            if len(self._tables[split]) == 0:
+                raise ValueError(f"The split {split!r} is empty: {self._origin(split)}.")
+            self._check_columns(split)
+        return self._tables[split]
+
+    @override
+    def train_dataloader(self) -> ShuffledExamples:
+        self.setup("fit")
+        examples = self.examples["train"]
+        lengths = [len(ids) for ids in examples["input_ids"]] if self.bucket_by_length else None
+        return ShuffledExamples(
+            examples, lengths, self.batch_size, self.seed, self.collate, {"examples": examples._fingerprint}
+        )
+
+    @override
+    def val_dataloader(self) -> OrderedExamples | list[Any]:
+        return self._ordered("validation") if self._has("validation") else []
+
+    @override
+    def test_dataloader(self) -> OrderedExamples:
+        return self._ordered("test")
+
+    @override
+    def predict_dataloader(self) -> OrderedExamples:
+        return self._ordered("predict")
+
+    def _ordered(self, split: Split) -> OrderedExamples:
+        if split not in self.examples:
+            self.examples[split] = self._encode(split)
+        return OrderedExamples(self.examples[split], self.eval_batch_size, self.collate)
+
+    @property
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _has(self, split: Split) -> bool:
+        if split == "validation" and self.validation_fraction is not None:
+            return True
+        return split in (self.files or self.splits) or (self.files is None and not self.splits)
+
+    def _origin(self, split: str) -> str:
+        return (
+            str(self.files.get(split)) if self.files is not None else f"{self.dataset} {self.splits.get(split, split)}"
+        )
+
+    def _read(self, split: Split) -> Any:
+        known = self.files if self.files is not None else self.splits
+        source = split
+        if split == "predict" and split not in known:
+            source = "test"
+        elif split == "validation" and split not in known and self.validation_fraction is not None:
+            source = "train"
+        if self.files is None:
+            assert self.dataset is not None
+            name = self.splits.get(source, source)
+            return without_bad_rows(
+                read_hub(self.dataset, self.config_name, name, self.revision, self.cache_dir), self.on_bad_row
+            )
+        if source not in self.files:
+            raise ValueError(f"There is no split {split!r}; files has {', '.join(self.files)}. Name a file for it.")
+        paths = self.files[source]
+        listed = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        return without_bad_rows(read_files(listed, self.file_format, self.cache_dir), self.on_bad_row)
+
+    def _select(self, split: Split, table: Any) -> Any:
+        known = self.files if self.files is not None else self.splits
+        shared = self.validation_fraction is not None and "validation" not in known
+        if shared and split in ("train", "validation") and len(table):
+            order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            held_out = max(1, round(len(table) * (self.validation_fraction or 0)))
+            table = table.select(sorted(order[:held_out] if split == "validation" else order[held_out:]))
+        limit = {"train": self.max_train_rows, "validation": self.max_val_rows}.get(split)
+        if limit is not None and limit < len(table):
+            drawn = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed))[:limit]
+            table = table.select(sorted(drawn.tolist()) if split == "train" else range(limit))
+        return table
+
+    def _check_columns(self, split: Split) -> None:
+        there = [name for name in self._tables[split].column_names if name != PLACE]
+        for argument in (*self.columns_needed, *(() if split == "predict" else self.target_columns)):
+            wanted = getattr(self, argument)
+            if wanted is not None and wanted not in there:
+                raise ValueError(
+                    f"Got {argument}={wanted!r}, but {self._origin(split)} has no such column. It has"
+                    f" {', '.join(there)}."
+                )
+
+    def _encode(self, split: Split) -> Any:
+        table = self.table(split)
+        options = {
+            "class": type(self).__qualname__,
+            "table": table._fingerprint,
+            "tokenizer": fingerprint_of(self.tokenizer),
+            "max_length": self.max_length,
+            "split": split,
+            **self.encoding_options(),
+        }
+        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        encoded = table.map(
+            lambda rows: self._encode_rows(rows, split),
+            batched=True,
+            remove_columns=table.column_names,
+            new_fingerprint=key,
+            load_from_cache_file=True,
+            desc=f"Encoding {split}",
+        )
+        examples = without_bad_rows(encoded, self.on_bad_row)
+        if len(examples) == 0:
+            raise ValueError(f"No row of the split {split!r} can be used: {self._origin(split)}.")
+        self._count_cut(split, examples)
+        return examples.remove_columns([PLACE, TRUNCATED])
+
+    def _encode_rows(self, rows: Mapping[str, list[Any]], split: Split) -> dict[str, list[Any]]:
+        found: list[dict[str, Any]] = []
+        for values in zip(*rows.values(), strict=True):
+            row = dict(zip(rows, values, strict=True))
+            try:
+                found += [{**example, PLACE: row[PLACE], FAULT: ""} for example in self.encode(row, split)]
+            except BadRow as fault:
+                found.append({PLACE: row[PLACE], FAULT: str(fault)})
+        names = {name: None for example in found for name in example}
+        return {name: [example.get(name) for example in found] for name in names}
+
+    def _count_cut(self, split: Split, examples: Any) -> None:
+        cut = sum(map(bool, examples[TRUNCATED]))
+        if cut:
+            rank_zero_warn(
+                f"{cut} of {len(examples)} {split} examples were longer than max_length={self.max_length} and were cut."
+            )

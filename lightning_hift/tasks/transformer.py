@@ -1,0 +1,283 @@
+"""What all tasks have in common: a network of transformers, its optimizer, its schedule."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+from typing_extensions import override
+
+from lightning_hift.module import HiFTModule
+from lightning_hift.tasks.adapters import add_adapter
+from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
+from lightning_hift.tasks.weight_decay import decay_groups
+
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
+
+class TransformerModule(HiFTModule):
+    """Base class of the tasks: builds a network of transformers, with optimizer and schedule.
+
+    A subclass names ``auto_class`` and writes ``loss``; ``evaluate`` and ``predict_step`` where it needs more. Networks
+    are built in ``configure_model``, so a module can be made, printed and planned for without reading weights.
+
+    Args:
+        model: Name on the Hugging Face hub, or a local folder.
+        model_type: Instead of ``model``: an architecture by its name in transformers, such as ``"llama"``, which starts
+            from random weights and needs no files.
+        model_config: Fields of the configuration that differ from those of ``model``, or from the defaults.
+        random_weights: Take only the configuration of ``model``.
+        dtype: Of the weights as loaded. Leave it for ``precision="bf16-true"``, whose masters are taken from them.
+        attn_implementation: ``"sdpa"``, ``"flash_attention_2"``, ``"eager"``...; default: what transformers chooses.
+        gradient_checkpointing: Recompute all blocks in the backward pass. ``activation_budget`` of the strategy
+            recomputes only as many as must be.
+        revision: Branch, tag or commit on the hub.
+        adapter: ``peft_type`` and arguments of an adapter of the peft library; only it (and a new head) is trained.
+        optimizer: Builds the optimizer from parameter groups. Its weight decay spares norms and biases.
+        lr_scheduler: Builds the scheduler from the optimizer; or the name of a schedule over the whole run, as in
+            transformers' ``get_scheduler``. Default: a constant learning rate.
+        warmup: For a schedule by name: the share of the steps in which the learning rate rises from 0.
+        interval: Whether a scheduler that is built counts optimizer steps or epochs.
+        accumulate_grad_batches: See ``HiFTModule``.
+        gradient_clip_val: See ``HiFTModule``.
+        gradient_clip_algorithm: See ``HiFTModule``.
+        lr_monitor: See ``HiFTModule``.
+
+    Raises:
+        ValueError: An argument is out of range. In ``configure_model``: transformers has no such network or head, the
+            configuration has no such field, or the weights do not fit it.
+        OSError: In ``configure_model``: ``model`` is neither a folder nor to be had from cache or hub.
+    """
+
+    auto_class: ClassVar[str]
+    """Which head the task needs, by transformers' auto class."""
+
+    network: nn.Module | None
+
+    def __init__(
+        self,
+        model: str | None = None,
+        model_type: str | None = None,
+        model_config: dict[str, Any] | None = None,
+        random_weights: bool = False,
+        dtype: DType = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+        adapter: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | ScheduleName | None = None,
+        warmup: float = 0.06,
+        interval: Literal["step", "epoch"] = "step",
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        lr_monitor: str = "val_loss",
+    ) -> None:
+        super().__init__(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm, lr_monitor)
+        if not 0 <= warmup < 1:
+            raise ValueError(f"Got warmup={warmup}; it is a share of the steps, at least 0 and below 1.")
+        if isinstance(lr_scheduler, str) and lr_scheduler not in get_args(ScheduleName):
+            raise ValueError(
+                f"Got lr_scheduler={lr_scheduler!r}; by name there are {', '.join(get_args(ScheduleName))}. Others are"
+                " given by class path."
+            )
+        self.source = NetworkSource(
+            model,
+            model_type,
+            model_config or {},
+            random_weights,
+            dtype,
+            attn_implementation,
+            gradient_checkpointing,
+            revision,
+        )
+        self.adapter = adapter
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
+        self.interval = interval
+        self.network = None
+        self.metrics = nn.ModuleDict()
+
+    @property
+    def head(self) -> str:
+        """The auto class that is used; a task that has several heads to choose from overrides this."""
+        return self.auto_class
+
+    @cached_property
+    def config(self) -> Any:
+        """The network's configuration, read without building it; a data module asks it for limits."""
+        return read_config(self.source, self.head)
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """The most tokens a sequence may have, or ``None`` if the architecture has no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        with torch.device("meta"):
+            network = build_network(self.source, self.head)
+        for name, part in network.named_modules():
+            # Some models count positions from the padding token on.
+            if isinstance(part, nn.Embedding) and "position" in name and limit == part.num_embeddings:
+                return int(limit) - (0 if part.padding_idx is None else part.padding_idx + 1)
+        return None if limit is None else int(limit)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of the configuration that follow from the task, such as label names."""
+        return {}
+
+    def make_metrics(self) -> Mapping[str, Any]:
+        """Metrics by name, each a ``torchmetrics.Metric``; made anew for validation and test."""
+        return {}
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one micro-batch, a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(batch).")
+
+    def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
+        """Log what is measured on one batch; ``self.metrics[stage]`` holds the metrics."""
+        self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    @override
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        network = build_network(self.source, self.head, **self._fields_of_tokens(), **self.config_fields())
+        if self.adapter is not None:
+            network = add_adapter(network, self.adapter, peft_task_type(self.head))
+        self.network = network
+        for stage in ("val", "test"):
+            metrics = dict(self.make_metrics())
+            if metrics:
+                self.metrics[stage] = MetricCollection(metrics, prefix=f"{stage}_")
+
+    @override
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """The network's output for a batch of its arguments."""
+        assert self.network is not None, "configure_model builds the network; the Trainer calls it"
+        return self.network(**batch)
+
+    @override
+    def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metrics("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._reset_metrics("test")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer: Optimizer = self.optimizer(decay_groups(self))
+        if self.lr_scheduler is None:
+            return optimizer
+        if not isinstance(self.lr_scheduler, str):
+            scheduler: Any = self.lr_scheduler(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
+        from transformers import get_scheduler
+
+        steps = self.num_training_steps
+        scheduler = get_scheduler(self.lr_scheduler, optimizer, math.ceil(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def num_training_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        ``Trainer.estimated_stepping_batches`` does not know of ``accumulate_grad_batches`` of this module, and to ask
+        it before a checkpoint was read makes the Trainer forget where in the epoch the data stood.
+        """
+        trainer = self.trainer
+        datamodule = getattr(trainer, "datamodule", None)
+        loader: Any = None if datamodule is None else datamodule.train_dataloader()
+        if not hasattr(loader, "__len__"):
+            batches = trainer.estimated_stepping_batches
+            return math.ceil(batches / self.accumulate_grad_batches)
+        limit = trainer.limit_train_batches
+        batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+        steps = math.ceil(batches / self.accumulate_grad_batches) * epochs
+        if trainer.max_steps >= 0:
+            steps = min(steps, trainer.max_steps)
+        if steps == math.inf:
+            raise ValueError(
+                f"Got lr_scheduler={self.lr_scheduler!r} in a run without an end. Set max_epochs or max_steps, or use a"
+                " constant learning rate."
+            )
+        return int(steps)
+
+    def _fields_of_tokens(self) -> dict[str, Any]:
+        """What the data module's tokenizer says about padding, and about the vocabulary of a network to be made."""
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            return {}
+        fields: dict[str, Any] = {}
+        if getattr(self.config, "pad_token_id", None) is None:
+            fields["pad_token_id"] = tokenizer.pad_token_id
+        needed, there = len(tokenizer), getattr(self.config, "vocab_size", None)
+        if there is not None and needed > there:
+            is_free = self.source.model is None or self.source.random_weights
+            if not is_free or "vocab_size" in self.source.model_config:
+                raise ValueError(
+                    f"Got a tokenizer of {needed} tokens for a network of {there}. Use the network's own tokenizer, or"
+                    " random_weights."
+                )
+            fields["vocab_size"] = needed
+        return fields
+
+    def _reset_metrics(self, stage: str) -> None:
+        # At the start, not at the end: the sums of a test are inference tensors, which a fit could not go on with.
+        if stage in self.metrics:
+            self.metrics[stage].reset()  # type: ignore[operator]
+
+    def _log_metrics(self, stage: str) -> None:
+        if stage in self.metrics:
+            collection = self.metrics[stage]
+            assert isinstance(collection, MetricCollection)
+            self.log_dict(collection.compute(), prog_bar=True)
+
+
+def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[str] | None:
+    """Names of the labels: those given, or those of the data module, or ``None`` where nobody knows.
+
+    Args:
+        module: A module, perhaps attached to a Trainer.
+        given: Names, or their number.
+    """
+    if isinstance(given, int):
+        return [f"LABEL_{i}" for i in range(given)]
+    if given is not None:
+        return list(given)
+    trainer = module._trainer
+    found = getattr(getattr(trainer, "datamodule", None), "label_names", None)
+    return None if found is None else list(found)
