@@ -60,6 +60,7 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
         ValueError: A name ends in something else, a file has no header, or a whole file cannot be read.
     """
     from datasets import Dataset
+    from datasets.arrow_writer import SchemaInferenceError
     from datasets.exceptions import DatasetGenerationError
 
     for path in paths:
@@ -70,8 +71,9 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
                 f"Got the file {path}, whose name does not end in one of {', '.join(_READERS)} (or that and gz). Say"
                 " which of them it is: kind in file_format."
             )
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr((_VERSION, file_format, stats)).encode())
+    key = hashlib.sha256(repr((_VERSION, file_format)).encode())
+    for path in paths:
+        key.update(str(path).encode() + _digest(path))
     try:
         return Dataset.from_generator(
             _rows,
@@ -80,6 +82,8 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
             fingerprint=key.hexdigest()[:16],
         )
     except DatasetGenerationError as error:
+        if isinstance(error.__cause__, SchemaInferenceError):  # not a single row
+            return Dataset.from_dict({PLACE: [], FAULT: []})
         raise error.__cause__ or error from error
 
 
@@ -185,8 +189,8 @@ def _read_lines(path: Path, file_format: FileFormat) -> Iterator[Row]:
     if not pattern.groupindex:
         raise ValueError(f"Got line_pattern={file_format.line_pattern!r}; it needs named groups, like '(?P<text>.*)'.")
     with _open(path, file_format) as file:
-        for line, text in enumerate(file, 1):
-            match = pattern.fullmatch(text.rstrip("\r\n"))
+        for line, text in enumerate((line.rstrip("\r\n") for line in file), 1):
+            match = pattern.fullmatch(text)
             if match is None:
                 yield line, dict.fromkeys(pattern.groupindex, ""), f"line_pattern does not match {text[:60]!r}"
             elif text.strip() or file_format.line_pattern is None:
@@ -250,6 +254,14 @@ def _open(path: Path, file_format: FileFormat) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding=file_format.encoding, newline="")
     return path.open(encoding=file_format.encoding, newline="")
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _kind_of(path: Path, file_format: FileFormat) -> str:

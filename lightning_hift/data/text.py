@@ -223,10 +223,10 @@ class TextDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ShuffledExamples:
         self.setup("fit")
         examples = self.examples["train"]
-        lengths = [len(ids) for ids in examples["input_ids"]] if self.bucket_by_length else None
-        return ShuffledExamples(
-            examples, lengths, self.batch_size, self.seed, self.collate, {"examples": examples._fingerprint}
-        )
+        lengths = [len(ids) for ids in examples["input_ids"]]
+        fingerprint = {"lengths": _hash(lengths), "encoding": _hash(self._options("train"))}
+        buckets = lengths if self.bucket_by_length else None
+        return ShuffledExamples(examples, buckets, self.batch_size, self.seed, self.collate, fingerprint)
 
     @override
     def val_dataloader(self) -> OrderedExamples | list[Any]:
@@ -303,15 +303,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def _encode(self, split: Split) -> Any:
         table = self.table(split)
-        options = {
-            "class": type(self).__qualname__,
-            "table": table._fingerprint,
-            "tokenizer": fingerprint_of(self.tokenizer),
-            "max_length": self.max_length,
-            "split": split,
-            **self.encoding_options(),
-        }
-        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        key = _hash([table._fingerprint, self._options(split)])
         encoded = table.map(
             lambda rows: self._encode_rows(rows, split),
             batched=True,
@@ -325,6 +317,16 @@ class TextDataModule(pl.LightningDataModule):
             raise ValueError(f"No row of the split {split!r} can be used: {self._origin(split)}.")
         self._count_cut(split, examples)
         return examples.remove_columns([PLACE, TRUNCATED])
+
+    def _options(self, split: Split) -> dict[str, Any]:
+        """What examples depend on, besides the rows."""
+        return {
+            "class": type(self).__qualname__,
+            "tokenizer": fingerprint_of(self.tokenizer),
+            "max_length": self.max_length,
+            "split": split,
+            **self.encoding_options(),
+        }
 
     def _encode_rows(self, rows: Mapping[str, list[Any]], split: Split) -> dict[str, list[Any]]:
         found: list[dict[str, Any]] = []
@@ -343,3 +345,7 @@ class TextDataModule(pl.LightningDataModule):
             rank_zero_warn(
                 f"{cut} of {len(examples)} {split} examples were longer than max_length={self.max_length} and were cut."
             )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
