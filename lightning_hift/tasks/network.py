@@ -129,7 +129,9 @@ def build_network(source: NetworkSource, auto_class: str, **fields: Any) -> nn.M
     else:
         network = _load(factory, source, config, options)
     if source.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # Its newer name.
+        renamed = getattr(network, "activation_checkpointing_enable", None)
+        (renamed or network.gradient_checkpointing_enable)({"use_reentrant": False})  # type: ignore[operator]
     return network.train()  # loaded ones come in evaluation mode, in which Lightning would leave them
 
 

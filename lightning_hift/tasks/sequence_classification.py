@@ -45,7 +45,7 @@ class SequenceClassification(TransformerModule):
     @override
     def config_fields(self) -> dict[str, Any]:
         if self.regression:
-            return {"num_labels": 1, "problem_type": "regression"}
+            return {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
         names = label_names(self, self.labels)
         if names is None:
             return {"problem_type": "single_label_classification"}
