@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
@@ -26,14 +27,15 @@ class ClassificationDataModule(TextDataModule):
         label_names: Classes in the order of their indices; a label is one of these names, or an index written as a
             number. Default: what the data set declares, or the labels found in training, sorted.
         regression: The label is a number.
+        shots_per_class: Train on so many rows of each class only, drawn by ``seed``: few-shot learning.
         kwargs: See ``TextDataModule``.
 
     Raises:
         ValueError: See ``TextDataModule``; or there are ``label_names`` for a regression.
     """
 
-    columns_needed = ("text", "text_pair")
-    target_columns = ("label",)
+    columns_needed: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    target_columns: ClassVar[tuple[str, ...]] = ("label",)
 
     def __init__(
         self,
@@ -43,11 +45,17 @@ class ClassificationDataModule(TextDataModule):
         label: str = "label",
         label_names: list[str] | None = None,
         regression: bool = False,
+        shots_per_class: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if regression and label_names is not None:
             raise ValueError(f"Got label_names={label_names} with regression=True, which has none. Leave one out.")
+        if shots_per_class is not None and (shots_per_class < 1 or regression):
+            raise ValueError(
+                f"Got shots_per_class={shots_per_class}; it must be at least 1, and there must be classes."
+            )
+        self.shots_per_class = shots_per_class
         self.text = text
         self.text_pair = text_pair
         self.label = label
@@ -67,6 +75,20 @@ class ClassificationDataModule(TextDataModule):
             return list(names)
         found = {value for value in table.unique(self.label) if value not in (None, "")}
         return [str(value) for value in sorted(found)]
+
+    @override
+    def select(self, split: Split, table: Any) -> Any:
+        table = super().select(split, table)
+        if self.shots_per_class is None or split != "train":
+            return table
+        rows: dict[Any, list[int]] = {}
+        labels = table[self.label]
+        for i in torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed)).tolist():
+            rows.setdefault(labels[i], []).append(i)
+        short = {label: len(found) for label, found in rows.items() if len(found) < self.shots_per_class}
+        if short:
+            raise ValueError(f"Got shots_per_class={self.shots_per_class}, but of these there are fewer rows: {short}.")
+        return table.select(sorted(i for found in rows.values() for i in found[: self.shots_per_class]))
 
     @override
     def encoding_options(self) -> dict[str, Any]:

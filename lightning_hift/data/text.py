@@ -71,7 +71,7 @@ class TextDataModule(pl.LightningDataModule):
     """
 
     columns_needed: ClassVar[tuple[str, ...]] = ()
-    """Arguments that name columns which each row must have."""
+    """Attributes that name columns which each row must have, or lists of columns."""
 
     target_columns: ClassVar[tuple[str, ...]] = ()
     """Likewise, but rows to predict need none."""
@@ -213,10 +213,13 @@ class TextDataModule(pl.LightningDataModule):
             ValueError: There are bad rows that are not to be skipped, or no rows at all, or there is no such split.
         """
         if split not in self._tables:
-            self._tables[split] = self._select(split, self._read(split))
-            if len(self._tables[split]) == 0:
+            table = self._read(split)
+            if len(table):
+                self._check_columns(split, table)
+                table = self.select(split, table)
+            if len(table) == 0:
                 raise ValueError(f"The split {split!r} is empty: {self._origin(split)}.")
-            self._check_columns(split)
+            self._tables[split] = table
         return self._tables[split]
 
     @override
@@ -278,10 +281,11 @@ class TextDataModule(pl.LightningDataModule):
         listed = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
         return without_bad_rows(read_files(listed, self.file_format, self.cache_dir), self.on_bad_row)
 
-    def _select(self, split: Split, table: Any) -> Any:
+    def select(self, split: Split, table: Any) -> Any:
+        """The rows of a split that are used, of a ``datasets.Dataset`` of all that were read for it."""
         known = self.files if self.files is not None else self.splits
         shared = self.validation_fraction is not None and "validation" not in known
-        if shared and split in ("train", "validation") and len(table):
+        if shared and split in ("train", "validation"):
             order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed)).tolist()
             held_out = max(1, round(len(table) * (self.validation_fraction or 0)))
             table = table.select(sorted(order[:held_out] if split == "validation" else order[held_out:]))
@@ -291,15 +295,17 @@ class TextDataModule(pl.LightningDataModule):
             table = table.select(sorted(drawn.tolist()) if split == "train" else range(limit))
         return table
 
-    def _check_columns(self, split: Split) -> None:
-        there = [name for name in self._tables[split].column_names if name != PLACE]
-        for argument in (*self.columns_needed, *(() if split == "predict" else self.target_columns)):
-            wanted = getattr(self, argument)
-            if wanted is not None and wanted not in there:
-                raise ValueError(
-                    f"Got {argument}={wanted!r}, but {self._origin(split)} has no such column. It has"
-                    f" {', '.join(there)}."
-                )
+    def _check_columns(self, split: Split, table: Any) -> None:
+        there = [name for name in table.column_names if name != PLACE]
+        targets = () if split == "predict" else self.target_columns
+        for argument in (*self.columns_needed, *targets):
+            given = getattr(self, argument)
+            for wanted in given if isinstance(given, list) else [given]:
+                if wanted is not None and wanted not in there:
+                    raise ValueError(
+                        f"Got {argument}={given!r}, but {self._origin(split)} has no such column. It has"
+                        f" {', '.join(there)}."
+                    )
 
     def _encode(self, split: Split) -> Any:
         table = self.table(split)
