@@ -137,9 +137,18 @@ def _attributes(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.Attribute, bool]
             passing = isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS
         elif isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
             children = (*node.generators, node.elt)
+        elif isinstance(node, ast.If) and _returns(node.body):  # a short cut for some cases
+            yield from _attributes([node.test])
+            yield from ((inner, True) for inner, _ in _attributes(node.body))
+            children = node.orelse
         elif isinstance(node, ast.With):  # without gradients nothing trains
             passing = any("no_grad" in ast.unparse(item) for item in node.items)
         yield from ((inner, passing or inner_passing) for inner, inner_passing in _attributes(children))
+
+
+def _returns(body: list[ast.stmt]) -> bool:
+    last = body[-1]
+    return isinstance(last, ast.Return) or (isinstance(last, ast.With) and _returns(last.body))
 
 
 def _has_no_call(node: ast.AST) -> bool:

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_hift.unit_search import HEAD, has_parameters, join_path, search_units
+from lightning_hift.unit_search import has_parameters, join_path, search_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,8 @@ def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
 def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit]:
     """Join units of mere norms and scales to the last unit if they stand right before it, else to the one before.
 
-    A head whose weight is tied to the embedding stays a unit, though only its norm is left: it is still the head.
+    What counts is the whole module, tied and frozen weights included: a head whose weight is tied to the embedding
+    stays a unit, though only its norm is left, and so does a block of which only the norms or the biases train.
     """
     matrices = {
         join_path(path, name)
@@ -177,8 +178,7 @@ def _join_bare_norms(units: list[LayerUnit], model: nn.Module) -> list[LayerUnit
     }
 
     def is_solid(unit: LayerUnit) -> bool:
-        tied_head = unit.name == HEAD and any(m.startswith(path + ".") for m in matrices for path in unit.modules)
-        return tied_head or not matrices.isdisjoint(unit.parameters)
+        return any(m == path or m.startswith(path + ".") for m in matrices for path in unit.modules)
 
     solid = [i for i, unit in enumerate(units) if is_solid(unit)]
     if not solid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -38,3 +38,65 @@ def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str |
         raise ValueError(f"Got adapter={dict(adapter)!r}, which peft does not take: {error}.") from error
     adapted: nn.Module = get_peft_model(network, config)
     return adapted
+
+
+class RankAllocation:
+    """Lets AdaLoRA spread its ranks where, at each step, only one layer group has gradients.
+
+    Importance is updated for the weights that have a gradient, before their step; ranks are masked after it, as soon as
+    each adapter's importance is known. (peft's own ``update_and_allocate`` wants all gradients at once.)
+
+    Args:
+        network: What ``add_adapter`` returned for ``"ADALORA"``.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._tuner = network.base_model
+        self._allocator = network.base_model.rankallocator
+        self._update_importance = self._allocator.update_ipt
+        self._allocator.update_ipt = lambda model: None
+
+    def note_gradients(self) -> None:
+        """Update the importance of the weights that are about to be stepped."""
+        self._update_importance(_WithGradients(self._tuner.model))
+
+    def allocate(self, step: int) -> None:
+        """Mask what is least important, if it is time for that.
+
+        Args:
+            step: Optimizer steps that were made.
+        """
+        adapter = self._allocator.adapter_name
+        names = [n for n, _ in self._tuner.model.named_parameters() if "lora_" in n and adapter in n]
+        is_known = self._allocator.exp_avg_ipt.keys() >= set(names)
+        config = self._tuner.peft_config[adapter]
+        if is_known or config.rank_pattern:
+            self._tuner.update_and_allocate(step)
+        elif step >= config.total_step - config.tfinal:
+            raise ValueError(
+                f"Got total_step={config.total_step} and tfinal={config.tfinal} in adapter, so AdaLoRA settles its"
+                f" ranks after {step} steps, but not all layer groups had a turn by then. Train longer, or raise"
+                " group_size."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importance by name of weight, and the ranks that were chosen."""
+        config = self._tuner.peft_config[self._allocator.adapter_name]
+        sums = {name: dict(getattr(self._allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {**sums, "rank_pattern": dict(config.rank_pattern or {})}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            setattr(self._allocator, name, dict(state_dict[name]))
+        self._tuner.peft_config[self._allocator.adapter_name].rank_pattern = dict(state_dict["rank_pattern"]) or None
+
+
+class _WithGradients:
+    """A model of which only the weights with a gradient are seen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self._model.named_parameters() if p.grad is not None)

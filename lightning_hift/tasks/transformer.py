@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
-from lightning_hift.tasks.adapters import add_adapter
+from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
 from lightning_hift.tasks.weight_decay import decay_groups
 
@@ -107,6 +107,7 @@ class TransformerModule(HiFTModule):
         self.interval = interval
         self.network = None
         self.metrics = nn.ModuleDict()
+        self._ranks: RankAllocation | None = None
 
     @property
     def head(self) -> str:
@@ -153,7 +154,7 @@ class TransformerModule(HiFTModule):
             return
         network = build_network(self.source, self.head, **self._fields_of_tokens(), **self.config_fields())
         if self.adapter is not None:
-            network = add_adapter(network, self.adapter, peft_task_type(self.head))
+            network = self._adapted(network, self.adapter)
         self.network = network
         for stage in ("val", "test"):
             metrics = dict(self.make_metrics())
@@ -171,6 +172,17 @@ class TransformerModule(HiFTModule):
         loss = self.loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._ranks is not None:
+            self._ranks.note_gradients()
+        super().on_before_optimizer_step(optimizer)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._ranks is not None:
+            self._ranks.allocate(self.global_step)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -235,6 +247,15 @@ class TransformerModule(HiFTModule):
                 " constant learning rate."
             )
         return int(steps)
+
+    def _adapted(self, network: nn.Module, adapter: dict[str, Any]) -> nn.Module:
+        spreads_ranks = adapter.get("peft_type") == "ADALORA"
+        if spreads_ranks and "total_step" not in adapter and self._trainer is not None:
+            adapter = {**adapter, "total_step": self.num_training_steps}
+        network = add_adapter(network, adapter, peft_task_type(self.head))
+        if spreads_ranks:
+            self._ranks = RankAllocation(network)
+        return network
 
     def _fields_of_tokens(self) -> dict[str, Any]:
         """What the data module's tokenizer says about padding, and about the vocabulary of a network to be made."""
