@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_hift.cli import main
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -70,9 +72,56 @@ def test_example_runs(path, tmp_path):
     assert {"plain_torch.py": "resumed", "existing_module.py": "validation accuracy"}[path.name] in result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PARTS = [path for path in CONFIGS if path.parent.name in ("task", "model", "method", "files")]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PARTS], ids=lambda path: path.name)
 def test_config_parses_and_shows_its_groups(path, tmp_path):
     assert yaml.safe_load(path.read_text())
     result = run(["lightning-hift", "groups", "--config", str(path)], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "group" in result.stdout
+
+
+@pytest.fixture
+def printed_config(monkeypatch, capsys):
+    """What the configs in ``parts`` come to, with all defaults."""
+    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
+
+    def parse(parts):
+        options = [word for path in parts for word in ("--config", str(path))]
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *options, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parse
+
+
+@pytest.mark.parametrize("path", [path for path in PARTS if path.parent.name == "task"], ids=lambda path: path.stem)
+def test_a_task_begins_with_the_command_that_runs_it(path, printed_config):
+    program, subcommand, *options = path.read_text().splitlines()[0].removeprefix("# ").split()
+    assert (program, subcommand) == ("lightning-hift", "fit")
+    assert options[::2] == ["-c"] * 3
+    parts = [ROOT / name for name in options[1::2]]
+    assert [part.parent.name for part in parts] == ["task", "model", "method"]
+    assert parts[0] == path
+    found = printed_config(parts)
+    assert found["model"]["init_args"]["optimizer"]["init_args"]["lr"] > 0
+    assert found["model"]["class_path"].startswith("lightning_hift.tasks.")
+    overlay = ROOT / "configs" / "files" / path.name
+    if overlay.exists():
+        data = printed_config([*parts, overlay])["data"]["init_args"]
+        assert data["dataset"] is None
+        assert all(name.startswith("data/") for name in data["files"].values())
+
+
+def test_every_part_of_a_config_goes_with_a_task(printed_config):
+    tasks = [path for path in PARTS if path.parent.name == "task"]
+    named = {word for path in tasks for word in path.read_text().splitlines()[0].split()}
+    classification = ROOT / "configs" / "task" / "sst2.yaml"
+    for path in PARTS:
+        if path.parent.name == "files":
+            assert path.name in {task.name for task in tasks}
+        elif str(path.relative_to(ROOT)) not in named:
+            assert printed_config([classification, path])["model"]["class_path"]

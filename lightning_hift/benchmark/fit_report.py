@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -12,7 +13,7 @@ from typing_extensions import override
 
 
 class FitReport(Callback):
-    """Writes metrics, optimizer steps and seconds of training to a file when a fit ends.
+    """Writes metrics, optimizer steps, largest learning rate and seconds of training to a file when a fit ends.
 
     Seconds are those between the first batch and the last one, without validation: of the wall clock, and of the
     processor, which other programs on the machine do not lengthen.
@@ -25,10 +26,15 @@ class FitReport(Callback):
         self.path = Path(path)
         self._seconds = {"wall": 0.0, "cpu": 0.0}
         self._started: dict[str, float] | None = None
+        self._rates: set[float] = set()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = _now()
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._rates.update(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -42,8 +48,10 @@ class FitReport(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
+        rate = max(self._rates, default=0.0)
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         report = {"steps": trainer.global_step, "epochs": trainer.current_epoch, "seconds": self._seconds}
+        report["learning_rate"] = rate
         self.path.write_text(json.dumps({**report, "metrics": found}) + "\n")
 
     def _stop(self) -> None:
