@@ -1,7 +1,7 @@
 """LightningDataModules."""
 
 from lightning_hift.data.classification import ClassificationDataModule
-from lightning_hift.data.prompts import PromptDataModule
+from lightning_hift.data.prompt_classification import PromptDataModule
 from lightning_hift.data.python_source import PythonSourceDataModule, order0_bits_per_byte
 from lightning_hift.data.tables import FileFormat
 from lightning_hift.data.text import TextDataModule
