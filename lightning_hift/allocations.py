@@ -152,10 +152,14 @@ def copy_without_memory(
 def _run_checkpointed(module: nn.Module) -> None:
     forward = module.forward
 
+    def without_dropout(*args: Any, **kwargs: Any) -> Any:
+        with _FusedAttention():  # in the backward pass, which recomputes, no mode is in force
+            return forward(*args, **kwargs)
+
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(without_dropout, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     module.forward = checkpointed
 

@@ -21,6 +21,7 @@ from lightning_hift.planner.forecast import Setup, forecast
 from lightning_hift.planner.plan import Plan, make_plan
 from lightning_hift.planner.report import plot_plan
 from lightning_hift.planner.workload import Workload
+from lightning_hift.tasks.network import NetworkSource, build_network
 from tests.lagging import LaggingDevice
 from tests.models import Net, language_model
 
@@ -518,3 +519,28 @@ def test_a_precision_that_cannot_be_rehearsed_spoils_no_other() -> None:
     assert split.peak == plan.forecast.peak
     assert any(note.endswith("(precision=32-true)") for note in plan.notes)
     assert not any("bf16-true" in note for note in plan.notes)
+
+
+def test_recomputed_blocks_with_dropout_in_attention_are_planned() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    bert = build_network(NetworkSource(model_type="bert", model_config=sizes), "AutoModelForSequenceClassification")
+    plan = make_plan(bert, Setup(batch_size=2, sequence_length=16, activation_budget=2**24), compare=False)
+    assert plan.forecast.is_complete
+    assert not plan.notes
+
+
+def test_what_cannot_be_recomputed_is_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: Any) -> None:
+        raise NotImplementedError("no recomputation")
+
+    monkeypatch.setattr("lightning_hift.allocations._run_checkpointed", refuse)
+    network = language_model("llama", {**LLAMA, "vocab_size": 64})
+    whole = make_plan(network, Setup(batch_size=4, sequence_length=32), compare=False)
+    plan = make_plan(
+        network, Setup(batch_size=4, sequence_length=32), compare=False, device_memory=whole.forecast.peak - 1
+    )
+    assert plan.forecast.is_complete
+    assert plan.forecast.peak == whole.forecast.peak
+    assert plan.proposal is None or plan.proposal.is_complete
+    assert not plan.changed or plan.proposal is not None
+    assert any("no recomputation (precision=32-true, blocks recomputed)" in note for note in plan.notes)

@@ -29,7 +29,10 @@ def propose(
     limits = (device_memory, host_memory)
     found = asked
     for setup in _smaller_and_smaller(workload, asked):
-        found = forecast(workload, setup, "proposal")
+        tried = forecast(workload, setup, "proposal")
+        if asked.is_complete and not tried.is_complete:
+            continue
+        found = tried
         if found.fits(*limits):
             return _take_back(workload, asked.setup, found, limits), None
     return None, found
@@ -67,7 +70,8 @@ def _with_smallest_budget(workload: Workload, setup: Setup) -> Setup:
 
 def _take_back(workload: Workload, asked: Setup, found: Forecast, limits: tuple[int | None, int | None]) -> Forecast:
     def fits(setup: Setup) -> bool:
-        return forecast(workload, setup).fits(*limits)
+        tried = forecast(workload, setup)
+        return tried.fits(*limits) and (tried.is_complete or not found.is_complete)
 
     setup = found.setup
     setup = _largest_batch(workload, asked.batch_size, setup, limits)

@@ -70,7 +70,7 @@ class Workload:
         always_active: Sequence[str] | None = None,
     ) -> None:
         self.notes: list[str] = []
-        self._unplanned: set[str] = set()  # precisions
+        self._unplanned: set[tuple[str, bool]] = set()  # precisions, and whether blocks are recomputed
         self.model, _ = copy_without_memory(model)
         self.optimizer = self._optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -155,7 +155,7 @@ class Workload:
                 self._needs[key] = self._rehearse(groups[i], precision, batch_size, sequence_length, checkpointed)
             return self._needs[key]
 
-        if self._compute_loss is None or precision in self._unplanned:
+        if self._compute_loss is None or (precision, checkpointed) in self._unplanned:
             return None
         try:
             if ends_only:
@@ -164,9 +164,10 @@ class Workload:
             peaks = peaks_by_depth(lambda i: measure(i).peak, alike)
             return {i: Needs(saved[i], peaks[i]) for i in saved}
         except Exception as error:  # model code that needs the values of its tensors, and anything else
-            self._unplanned.add(precision)
+            self._unplanned.add((precision, checkpointed))
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            self.notes.append(f"Activations are not planned: {reason} (precision={precision})")
+            how = f"precision={precision}{', blocks recomputed' if checkpointed else ''}"
+            self.notes.append(f"Activations are not planned: {reason} ({how})")
             return None
 
     def _rehearse(self, group: LayerGroup, precision: str, batch: int, length: int, checkpointed: bool) -> Needs:

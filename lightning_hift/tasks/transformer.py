@@ -211,8 +211,8 @@ class TransformerModule(HiFTModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer: Optimizer = self.optimizer(decay_groups(self))
-        if self.lr_scheduler is None:
-            return optimizer
+        if self.lr_scheduler is None or (isinstance(self.lr_scheduler, str) and self._trainer is None):
+            return optimizer  # without a Trainer, as for a plan, a run has no length
         if not isinstance(self.lr_scheduler, str):
             scheduler: Any = self.lr_scheduler(optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
