@@ -4,5 +4,13 @@ from lightning_hift.data.classification import ClassificationDataModule
 from lightning_hift.data.python_source import PythonSourceDataModule, order0_bits_per_byte
 from lightning_hift.data.tables import FileFormat
 from lightning_hift.data.text import TextDataModule
+from lightning_hift.data.token_classification import TokenClassificationDataModule
 
-__all__ = ["ClassificationDataModule", "FileFormat", "PythonSourceDataModule", "TextDataModule", "order0_bits_per_byte"]
+__all__ = [
+    "ClassificationDataModule",
+    "FileFormat",
+    "PythonSourceDataModule",
+    "TextDataModule",
+    "TokenClassificationDataModule",
+    "order0_bits_per_byte",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +26,21 @@ class FileFormat:
     """How local files are written.
 
     Args:
-        kind: ``"csv"``, ``"tsv"``, ``"jsonl"``, ``"json"``, ``"parquet"`` or ``"txt"``; default: the end of the name.
-        columns: Names of the columns of csv and tsv files that have no header.
-        delimiter: Between columns; default: comma in csv, tab in tsv.
+        kind: ``"csv"``, ``"tsv"``, ``"jsonl"``, ``"json"``, ``"parquet"``, ``"txt"`` or ``"conll"``; default: the end
+            of the name. A conll file has one word per line and an empty line between sentences; its rows hold one list
+            per column.
+        columns: Names of the columns of csv and tsv files that have no header, and of conll files.
+        delimiter: Between columns; default: comma in csv, tab in tsv, any white space in conll.
         quote: Around fields that contain a delimiter; default: ``"`` in csv, none in tsv.
         line_pattern: For txt files: a regular expression with named groups, which become columns. Default: one column,
             ``text``.
-        records: For json files: the key under which the list of rows is found, with dots into nested ones.
+        records: For json files: the key under which the list of rows is found, with dots into nested ones. Where there
+            are lists on the way, their lists of rows are joined, and each row takes over the plain values beside them:
+            ``"data.paragraphs.qas"`` gives the questions of SQuAD, each with its ``context`` and ``title``.
         encoding: Of the files.
     """
 
-    kind: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt"] | None = None
+    kind: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "conll"] | None = None
     columns: Sequence[str] | None = None
     delimiter: str | None = None
     quote: str | None = None
@@ -48,7 +53,7 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
     """Rows of local files as a ``datasets.Dataset``, read once and then cached until they change.
 
     Args:
-        paths: Files whose names end in .csv, .tsv, .jsonl, .json, .parquet or .txt, perhaps with .gz behind.
+        paths: Files whose names end in .csv, .tsv, .jsonl, .json, .parquet, .txt or .conll, perhaps with .gz behind.
         file_format: How they are written.
         cache: Folder for what was read; default: that of ``datasets``.
 
@@ -212,18 +217,50 @@ def _read_json(path: Path, file_format: FileFormat) -> Iterator[Row]:
             found = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: column {error.colno}: {error.msg}. It is no JSON.") from error
-    for key in file_format.records.split(".") if file_format.records else ():
-        if not isinstance(found, dict) or key not in found:
+    keys = file_format.records.split(".") if file_format.records else []
+    for number, row in enumerate(_find_rows(found, keys, path), 1):
+        is_object = isinstance(row, dict)
+        yield number, row if is_object else {}, "" if is_object else f"it is a {type(row).__name__}, not an object"
+
+
+def _find_rows(found: Any, keys: list[str], path: Path) -> Iterator[Any]:
+    if keys and isinstance(found, list):
+        for item in found:
+            pairs = item.items() if isinstance(item, dict) else ()
+            beside = {key: value for key, value in pairs if not isinstance(value, (dict, list))}
+            for row in _find_rows(item, keys, path):
+                yield {**beside, **row} if isinstance(row, dict) else row
+    elif keys:
+        if not isinstance(found, dict) or keys[0] not in found:
             known = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise ValueError(f"Got records={file_format.records!r}, but {path} has no {key!r} there; it has {known}.")
-        found = found[key]
-    if not isinstance(found, list):
+            raise ValueError(f"Got {keys[0]!r} in records, but {path} has no such key there; it has {known}.")
+        yield from _find_rows(found[keys[0]], keys[1:], path)
+    elif isinstance(found, list):
+        yield from found
+    else:
         raise ValueError(
             f"{path} holds a {type(found).__name__}, not a list of rows. Say under which key the list is: records."
         )
-    for number, row in enumerate(found, 1):
-        is_object = isinstance(row, dict)
-        yield number, row if is_object else {}, "" if is_object else f"it is a {type(row).__name__}, not an object"
+
+
+def _read_conll(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    columns = list(file_format.columns or ())
+    if not columns:
+        raise ValueError(f"{path} does not name its columns. Give them: columns in file_format, like [words, tags].")
+    with _open(path, file_format) as file:
+        start, words, fault = 0, list[list[str]](), ""
+        for line, text in enumerate(itertools.chain(file, [""]), 1):
+            if text.strip() and not text.startswith("-DOCSTART-"):
+                fields = text.rstrip("\r\n").split(file_format.delimiter)
+                if not fault:
+                    start = start or line
+                    words.append(fields)
+                    if len(fields) != len(columns):
+                        start, fault = line, f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
+            elif words:
+                lists = map(list, zip(*words, strict=True)) if not fault else ([] for _ in columns)
+                yield start, dict(zip(columns, lists, strict=True)), fault
+                start, words, fault = 0, [], ""
 
 
 def _read_parquet(path: Path, file_format: FileFormat) -> Iterator[Row]:
@@ -243,6 +280,7 @@ _READERS = {
     "jsonl": _read_json_lines,
     "json": _read_json,
     "parquet": _read_parquet,
+    "conll": _read_conll,
 }
 
 

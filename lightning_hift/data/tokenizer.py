@@ -39,6 +39,20 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def need_offsets(tokenizer: Any) -> Any:
+    """``tokenizer``, if it knows which characters a token stands for.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"Got a {type(tokenizer).__name__}, which does not say which characters a token stands for. Use a fast"
+            " tokenizer: a folder with tokenizer.json."
+        )
+    return tokenizer
+
+
 def fingerprint_of(tokenizer: Any) -> str:
     """The same for tokenizers that do the same, in any process."""
     fast = getattr(tokenizer, "backend_tokenizer", None)

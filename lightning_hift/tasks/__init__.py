@@ -2,6 +2,7 @@
 
 from lightning_hift.tasks.causal_lm import CausalLM
 from lightning_hift.tasks.sequence_classification import SequenceClassification
+from lightning_hift.tasks.token_classification import TokenClassification
 from lightning_hift.tasks.transformer import TransformerModule
 
-__all__ = ["CausalLM", "SequenceClassification", "TransformerModule"]
+__all__ = ["CausalLM", "SequenceClassification", "TokenClassification", "TransformerModule"]
