@@ -336,7 +336,7 @@ def toy(tmp_path: Path, tokenizer: str, **options: Any) -> TokenClassificationDa
 def test_hift_learns_to_find_entities(tmp_path: Path, tokenizer: str) -> None:
     module, data = tiny(), toy(tmp_path, tokenizer)
     before = trainer().validate(module, data, verbose=False)[0]
-    trainer(max_epochs=8, callbacks=HiFTCallback(), num_sanity_val_steps=0).fit(module, data)
+    trainer(max_epochs=16, callbacks=HiFTCallback(), num_sanity_val_steps=0).fit(module, data)
     after = trainer().validate(module, data, verbose=False)[0]
     assert set(after) == {f"val_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1")}
     assert before["val_f1"] < 0.5
