@@ -26,7 +26,8 @@ def wordpiece(texts: Iterable[str], folder: Path, **options: object) -> str:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return _save(tokenizer, folder, cls_token="[CLS]", sep_token="[SEP]", **options)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return _save(tokenizer, folder, cls_token="[CLS]", sep_token="[SEP]", model_input_names=names, **options)
 
 
 def byte_level(texts: Iterable[str], folder: Path, **options: object) -> str:

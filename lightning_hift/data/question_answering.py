@@ -114,7 +114,7 @@ class QuestionAnsweringDataModule(TextDataModule):
 
     @override
     def predict_dataloader(self) -> OrderedExamples:
-        self.setup("predict")
+        super().predict_dataloader()  # encodes them
         questions = _ByQuestion(self.examples["predict"])
         return OrderedExamples(
             questions, self.eval_batch_size, lambda found: self.collate([row for rows in found for row in rows])

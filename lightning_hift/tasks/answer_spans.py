@@ -34,8 +34,7 @@ def best_spans(start_logits: Tensor, end_logits: Tensor, allowed: Tensor, n: int
         max_tokens: The longest span.
     """
     lowest = float("-inf")
-    starts = start_logits.float().masked_fill(~allowed, lowest)
-    ends = end_logits.float().masked_fill(~allowed, lowest)
+    starts, ends = (logits.masked_fill(~allowed, lowest) for logits in (start_logits, end_logits))
     width = min(max_tokens, starts.shape[1])
     following = functional.pad(ends, (0, width - 1), value=lowest).unfold(1, width, 1)  # (batch, first, last - first)
     scores, flat = (starts[..., None] + following).flatten(1).topk(min(n, starts.shape[1] * width))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_hift.tasks.answer_spans import AnswerScores, Spans, best_spans
 from lightning_hift.tasks.transformer import TransformerModule
 
-_NO_INPUTS = ("question", "id", "text", "answers", "char_starts", "char_ends", "null_positions")
 _TARGETS = ("start_positions", "end_positions")
+_NO_INPUTS = (*_TARGETS, "question", "id", "text", "answers", "char_starts", "char_ends", "null_positions")
 
 
 class QuestionAnswering(TransformerModule):
@@ -62,16 +64,15 @@ class QuestionAnswering(TransformerModule):
 
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean of the losses of start and end per row, a scalar."""
-        loss: Tensor = self(self._inputs(batch)).loss
-        return loss
+        """Mean loss of start and end per row, a scalar."""
+        return _loss(batch, *self._logits(batch))
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
-        output = self(self._inputs(batch))
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        logits = self._logits(batch)
+        self.log(f"{stage}_loss", _loss(batch, *logits), prog_bar=True, batch_size=len(batch["input_ids"]))
         if "answers" in batch:
-            spans, null_scores = self._spans(batch, output, n=1)
+            spans, null_scores = self._spans(batch, *logits, n=1)
             texts = [texts[0] for texts in _texts(batch, spans)]
             self.metrics[stage]["answers"].update(  # type: ignore[index]
                 batch["question"], spans.scores[:, 0], null_scores, texts, batch["answers"]
@@ -84,7 +85,7 @@ class QuestionAnswering(TransformerModule):
         With ``n_best`` above 1, ``others`` lists the next best in the same way. All rows of a question must be in the
         same batch, as those of ``QuestionAnsweringDataModule`` are.
         """
-        spans, null_scores = self._spans(batch, self(self._inputs(batch, targets=False)), self.n_best)
+        spans, null_scores = self._spans(batch, *self._logits(batch), self.n_best)
         candidates: dict[int, dict[str, float]] = {}
         nulls: dict[int, float] = {}
         names: dict[int, str] = {}
@@ -105,20 +106,33 @@ class QuestionAnswering(TransformerModule):
         record = {"id": name, **answers[0]}
         return {**record, "others": answers[1:]} if self.n_best > 1 else record
 
-    def _spans(self, batch: Mapping[str, Any], output: Any, n: int) -> tuple[Spans, Tensor]:
+    def _spans(self, batch: Mapping[str, Any], starts: Tensor, ends: Tensor, n: int) -> tuple[Spans, Tensor]:
         """The best spans of each row, and its score of having no answer."""
-        starts, ends = output.start_logits.float(), output.end_logits.float()
         allowed = batch["char_ends"] > batch["char_starts"]
         null = batch["null_positions"][:, None]
         null_scores = (starts.gather(1, null) + ends.gather(1, null)).squeeze(1)
         return best_spans(starts, ends, allowed, n, self.max_answer_length), null_scores
 
-    def _inputs(self, batch: Mapping[str, Any], targets: bool = True) -> dict[str, Any]:
-        left_out = {*_NO_INPUTS, *(() if targets else _TARGETS)}
+    def _logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of start and end, shape (batch, length); minus infinity for padding, which is no place to choose from."""
+        inputs = {name: value for name, value in batch.items() if name not in _NO_INPUTS}
         # A tokenizer may mark the text as of a second type, where the network knows only one.
         if getattr(self.config, "type_vocab_size", 2) < 2:
-            left_out.add("token_type_ids")
-        return {name: value for name, value in batch.items() if name not in left_out}
+            inputs.pop("token_type_ids", None)
+        output = self(inputs)
+        mask = batch.get("attention_mask")
+        is_padding = torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask == 0
+        starts, ends = (
+            logits.float().masked_fill(is_padding, float("-inf")) for logits in (output.start_logits, output.end_logits)
+        )
+        return starts, ends
+
+
+def _loss(batch: Mapping[str, Any], starts: Tensor, ends: Tensor) -> Tensor:
+    losses = [
+        functional.cross_entropy(logits, batch[name]) for name, logits in zip(_TARGETS, (starts, ends), strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 def _texts(batch: Mapping[str, Any], spans: Spans) -> list[list[str]]:
