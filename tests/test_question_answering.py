@@ -227,6 +227,13 @@ def test_nested_files_give_flat_rows(tmp_path: Path, tokenizer: str) -> None:
     assert "version" not in table.column_names
 
 
+def test_answers_may_begin_late_in_a_file(tmp_path: Path, tokenizer: str) -> None:
+    rows = [{**ROW, "answers": []}] * 1001 + [{**ROW, "answers": [{"text": "Bob", "answer_start": 9}]}]
+    table = data_of(tmp_path, tokenizer, rows).table("train")
+    assert [len(answers) for answers in table["answers"][998:]] == [0, 0, 0, 1]
+    assert table[1001]["answers"] == [{"text": "Bob", "answer_start": 9}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

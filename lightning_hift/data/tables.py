@@ -77,15 +77,20 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
             )
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((_VERSION, file_format, stats)).encode())
+
+    arguments: dict[str, Any] = {"paths": [str(path) for path in paths], "file_format": file_format}
+
+    def load(features: Any = None) -> Any:
+        where = None if cache is None else str(cache)
+        name = key.hexdigest()[:16]
+        return Dataset.from_generator(_rows, features, cache_dir=where, gen_kwargs=arguments, fingerprint=name)
+
     try:
-        return Dataset.from_generator(
-            _rows,
-            gen_kwargs={"paths": [str(path) for path in paths], "file_format": file_format},
-            cache_dir=None if cache is None else str(cache),
-            fingerprint=key.hexdigest()[:16],
-        )
+        return load()
     except DatasetGenerationError as error:
-        raise error.__cause__ or error from error
+        if not isinstance(error.__cause__, TypeError):
+            raise error.__cause__ or error from error
+    return load(_features(_rows(**arguments)))  # a column, or its lists, are empty in the first thousand rows
 
 
 def read_hub(name: str, config_name: str | None, split: str, revision: str | None, cache: Path | None = None) -> Any:
@@ -149,6 +154,18 @@ def _rows(paths: list[str], file_format: FileFormat) -> Iterator[dict[str, Any]]
                 fault = f"column {column!r} holds a {type(value).__name__}, where rows before it hold another type"
         values = dict.fromkeys(kinds) if fault else {column: row.get(column) for column in kinds}
         yield {**values, PLACE: f"{path}:{line}", FAULT: fault}
+
+
+def _features(rows: Iterator[dict[str, Any]]) -> Any:
+    """The types of all rows together, where ``datasets`` would take them from the first thousand."""
+    import pyarrow
+    from datasets import Features
+
+    schema = pyarrow.schema([])
+    while chunk := list(itertools.islice(rows, 1000)):
+        found = pyarrow.Table.from_pylist(chunk).schema
+        schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+    return Features.from_arrow_schema(schema)
 
 
 def _kind(value: Any) -> type | None:
