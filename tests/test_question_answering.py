@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -582,3 +583,9 @@ def test_the_task_file_runs(tmp_path: Path, tokenizer: str, monkeypatch: pytest.
         monkeypatch.setattr("sys.argv", arguments)
         main()
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+
+    (tmp_path / "hub").mkdir()
+    Dataset.from_list([ROW] * 4).to_parquet(tmp_path / "hub" / "validation-00000-of-00001.parquet")
+    source = ["--data.init_args.files=null", "--data.init_args.splits={test: validation}"]
+    monkeypatch.setattr("sys.argv", [*arguments, *source, f"--data.init_args.dataset={tmp_path / 'hub'}"])
+    main()

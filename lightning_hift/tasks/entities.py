@@ -78,13 +78,17 @@ class EntityScores(Metric):
             predicted: Indices of tags, shape (batch, length).
             true: Likewise; what is negative is no word, and is passed over.
         """
+        num_right = num_predicted = num_true = 0
         for guesses, answers in zip(predicted.tolist(), true.tolist(), strict=True):
             words = [(guess, answer) for guess, answer in zip(guesses, answers, strict=True) if answer >= 0]
             found = set(entities_in([self.names[guess] for guess, _ in words]))
             there = set(entities_in([self.names[answer] for _, answer in words]))
-            self.num_right += len(found & there)
-            self.num_predicted += len(found)
-            self.num_true += len(there)
+            num_right += len(found & there)
+            num_predicted += len(found)
+            num_true += len(there)
+        self.num_right += num_right
+        self.num_predicted += num_predicted
+        self.num_true += num_true
 
     @override
     def compute(self) -> dict[str, Tensor]:
