@@ -402,6 +402,22 @@ def test_a_model_without_the_head_is_refused() -> None:
         tiny(model_type="t5gemma3", model_config={}, labels=2).configure_model()
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"peft_type": "LORA", "target_modules": ["query", "value"]},
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},  # which puts tokens before those of the batch
+    ],
+    ids=lambda adapter: adapter["peft_type"],
+)
+def test_adapters_work(tmp_path: Path, tokenizer: str, adapter: dict[str, Any]) -> None:
+    module, data = tiny(adapter=adapter), toy(tmp_path, tokenizer)
+    fitted = trainer(max_steps=6, callbacks=HiFTCallback(), limit_val_batches=2)
+    fitted.fit(module, data)
+    assert 0 < fitted.logged_metrics["train_loss"] < 10
+    assert len((trainer(limit_predict_batches=1).predict(module, data) or [[]])[0]) == data.batch_size
+
+
 class Batches(Callback):
     def __init__(self) -> None:
         self.seen: list[list[int]] = []

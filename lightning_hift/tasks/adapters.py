@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str | None) -> nn.Module:
@@ -38,3 +38,13 @@ def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str |
         raise ValueError(f"Got adapter={dict(adapter)!r}, which peft does not take: {error}.") from error
     adapted: nn.Module = get_peft_model(network, config)
     return adapted
+
+
+def of_own_tokens(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Logits of the tokens of a batch, without those of a prompt that prompt and P-tuning put before them.
+
+    Args:
+        logits: Shape (batch, prompt + length, ...).
+        input_ids: Shape (batch, length).
+    """
+    return logits[:, logits.shape[1] - input_ids.shape[1] :]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.answer_spans import AnswerScores, Spans, best_spans
 from lightning_hift.tasks.transformer import TransformerModule
 
@@ -123,7 +124,8 @@ class QuestionAnswering(TransformerModule):
         mask = batch.get("attention_mask")
         is_padding = torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask == 0
         starts, ends = (
-            logits.float().masked_fill(is_padding, float("-inf")) for logits in (output.start_logits, output.end_logits)
+            of_own_tokens(logits, batch["input_ids"]).float().masked_fill(is_padding, float("-inf"))
+            for logits in (output.start_logits, output.end_logits)
         )
         return starts, ends
 

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import Accuracy
 from typing_extensions import override
 
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.entities import EntityScores, mark_entities
 from lightning_hift.tasks.transformer import TransformerModule, label_names
 
-_NO_INPUTS = ("word_numbers", "num_words")
+_NO_INPUTS = ("labels", "word_numbers", "num_words")
 
 
 class TokenClassification(TransformerModule):
@@ -63,8 +65,7 @@ class TokenClassification(TransformerModule):
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean loss per token that has a label, a scalar."""
-        loss: Tensor = self(_inputs(batch)).loss
-        return loss
+        return _loss(self._logits(batch), batch["labels"])
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
@@ -72,11 +73,11 @@ class TokenClassification(TransformerModule):
         num_labels = int((labels != IGNORED_LABEL).sum())
         if num_labels == 0:
             return
-        output = self(_inputs(batch))
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=num_labels)
+        logits = self._logits(batch)
+        self.log(f"{stage}_loss", _loss(logits, labels), prog_bar=True, batch_size=num_labels)
         if "word_numbers" in batch:
             labels = labels.masked_fill(batch["word_numbers"] == 0, IGNORED_LABEL)
-        self.metrics[stage].update(output.logits.argmax(-1), labels)  # type: ignore[operator]
+        self.metrics[stage].update(logits.argmax(-1), labels)  # type: ignore[operator]
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ class TokenClassification(TransformerModule):
 
         Without ``word_numbers`` in the batch, one per token.
         """
-        logits = self(_inputs({name: value for name, value in batch.items() if name != "labels"})).logits
+        logits = self._logits(batch)
         names = self._names
         if "word_numbers" not in batch:
             present = batch.get("attention_mask", batch["input_ids"].new_ones(logits.shape[:2])).bool()
@@ -103,6 +104,11 @@ class TokenClassification(TransformerModule):
             records.append({"tags": tags})
         return records
 
+    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Of the tags, shape (batch, length, tags)."""
+        output = self({name: value for name, value in batch.items() if name not in _NO_INPUTS})
+        return of_own_tokens(output.logits, batch["input_ids"]).float()
+
     @property
     def _names(self) -> list[str]:
         assert self.network is not None, "configure_model builds the network; the Trainer calls it"
@@ -110,5 +116,5 @@ class TokenClassification(TransformerModule):
         return [names[i] for i in range(len(names))]
 
 
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in _NO_INPUTS}
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
