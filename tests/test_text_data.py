@@ -95,10 +95,10 @@ def test_bad_rows_are_named_or_skipped(
 @pytest.mark.parametrize(
     ("name", "text", "options", "message"),
     [
-        ("a.xml", "", {}, r"does not end in one of csv, tsv, txt, jsonl, json, parquet .* kind in file_format"),
+        ("a.xml", "", {}, r"does not end in one of csv, tsv, txt, jsonl, json, parquet, .* kind in file_format"),
         ("a.csv", "", {}, "is empty: it has no header"),
         ("a.json", '{"x": []}', {}, "holds a dict, not a list of rows. Say under which key"),
-        ("a.json", '{"x": []}', {"records": "y"}, "has no 'y' there; it has x"),
+        ("a.json", '{"x": []}', {"records": "y"}, "Got 'y' in records, but .* has no such key there; it has x"),
         ("a.json", "[1,", {}, r"a.json:1: column \d+: .* It is no JSON"),
         ("a.txt", "x", {"line_pattern": ".*"}, "needs named groups"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -127,14 +127,22 @@ class ClassificationDataModule(TextDataModule):
             if not math.isfinite(number):
                 raise BadRow(self.label, f"got {value!r}, which is no number")
             return number
-        names = self.label_names
-        assert names is not None
-        if str(value) in names:
-            return names.index(str(value))
-        index = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else -1
-        if not 0 <= index < len(names):
-            raise BadRow(self.label, f"got {value!r}; it must be one of {', '.join(names)}")
-        return index
+        assert self.label_names is not None
+        return label_index(value, self.label_names, self.label)
+
+
+def label_index(value: Any, names: Sequence[str], column: str) -> int:
+    """The index of a label that is a name, or an index itself, perhaps written as a number.
+
+    Raises:
+        BadRow: It is neither.
+    """
+    if str(value) in names:
+        return names.index(str(value))
+    index = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else -1
+    if not 0 <= index < len(names):
+        raise BadRow(column, f"got {value!r}; it must be one of {', '.join(names)}")
+    return index
 
 
 def text_in(row: Mapping[str, Any], column: str) -> str:

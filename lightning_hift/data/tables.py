@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +26,21 @@ class FileFormat:
     """How local files are written.
 
     Args:
-        kind: ``"csv"``, ``"tsv"``, ``"jsonl"``, ``"json"``, ``"parquet"`` or ``"txt"``; default: the end of the name.
-        columns: Names of the columns of csv and tsv files that have no header.
-        delimiter: Between columns; default: comma in csv, tab in tsv.
+        kind: ``"csv"``, ``"tsv"``, ``"jsonl"``, ``"json"``, ``"parquet"``, ``"txt"`` or ``"conll"``; default: the end
+            of the name. A conll file has one word per line and an empty line between sentences; its rows hold one list
+            per column.
+        columns: Names of the columns of csv and tsv files that have no header, and of conll files.
+        delimiter: Between columns; default: comma in csv, tab in tsv, any white space in conll.
         quote: Around fields that contain a delimiter; default: ``"`` in csv, none in tsv.
         line_pattern: For txt files: a regular expression with named groups, which become columns. Default: one column,
             ``text``.
-        records: For json files: the key under which the list of rows is found, with dots into nested ones.
+        records: For json files: the key under which the list of rows is found, with dots into nested ones. Where there
+            are lists on the way, their lists of rows are joined, and each row takes over the plain values beside them:
+            ``"data.paragraphs.qas"`` gives the questions of SQuAD, each with its ``context`` and ``title``.
         encoding: Of the files.
     """
 
-    kind: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt"] | None = None
+    kind: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "conll"] | None = None
     columns: Sequence[str] | None = None
     delimiter: str | None = None
     quote: str | None = None
@@ -48,7 +53,7 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
     """Rows of local files as a ``datasets.Dataset``, read once and then cached until they change.
 
     Args:
-        paths: Files whose names end in .csv, .tsv, .jsonl, .json, .parquet or .txt, perhaps with .gz behind.
+        paths: Files whose names end in .csv, .tsv, .jsonl, .json, .parquet, .txt or .conll, perhaps with .gz behind.
         file_format: How they are written.
         cache: Folder for what was read; default: that of ``datasets``.
 
@@ -74,17 +79,22 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
     key = hashlib.sha256(repr((_VERSION, file_format)).encode())
     for path in paths:
         key.update(str(path).encode() + _digest(path))
+
+    arguments: dict[str, Any] = {"paths": [str(path) for path in paths], "file_format": file_format}
+
+    def load(features: Any = None) -> Any:
+        where = None if cache is None else str(cache)
+        name = key.hexdigest()[:16]
+        return Dataset.from_generator(_rows, features, cache_dir=where, gen_kwargs=arguments, fingerprint=name)
+
     try:
-        return Dataset.from_generator(
-            _rows,
-            gen_kwargs={"paths": [str(path) for path in paths], "file_format": file_format},
-            cache_dir=None if cache is None else str(cache),
-            fingerprint=key.hexdigest()[:16],
-        )
+        return load()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, SchemaInferenceError):  # not a single row
             return Dataset.from_dict({PLACE: [], FAULT: []})
-        raise error.__cause__ or error from error
+        if not isinstance(error.__cause__, TypeError):
+            raise error.__cause__ or error from error
+    return load(_features(_rows(**arguments)))  # a column, or its lists, are empty in the first thousand rows
 
 
 def read_hub(name: str, config_name: str | None, split: str, revision: str | None, cache: Path | None = None) -> Any:
@@ -148,6 +158,18 @@ def _rows(paths: list[str], file_format: FileFormat) -> Iterator[dict[str, Any]]
                 fault = f"column {column!r} holds a {type(value).__name__}, where rows before it hold another type"
         values = dict.fromkeys(kinds) if fault else {column: row.get(column) for column in kinds}
         yield {**values, PLACE: f"{path}:{line}", FAULT: fault}
+
+
+def _features(rows: Iterator[dict[str, Any]]) -> Any:
+    """The types of all rows together, where ``datasets`` would take them from the first thousand."""
+    import pyarrow
+    from datasets import Features
+
+    schema = pyarrow.schema([])
+    while chunk := list(itertools.islice(rows, 1000)):
+        found = pyarrow.Table.from_pylist(chunk).schema
+        schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+    return Features.from_arrow_schema(schema)
 
 
 def _kind(value: Any) -> type | None:
@@ -216,18 +238,50 @@ def _read_json(path: Path, file_format: FileFormat) -> Iterator[Row]:
             found = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: column {error.colno}: {error.msg}. It is no JSON.") from error
-    for key in file_format.records.split(".") if file_format.records else ():
-        if not isinstance(found, dict) or key not in found:
+    keys = file_format.records.split(".") if file_format.records else []
+    for number, row in enumerate(_find_rows(found, keys, path), 1):
+        is_object = isinstance(row, dict)
+        yield number, row if is_object else {}, "" if is_object else f"it is a {type(row).__name__}, not an object"
+
+
+def _find_rows(found: Any, keys: list[str], path: Path) -> Iterator[Any]:
+    if keys and isinstance(found, list):
+        for item in found:
+            pairs = item.items() if isinstance(item, dict) else ()
+            beside = {key: value for key, value in pairs if not isinstance(value, (dict, list))}
+            for row in _find_rows(item, keys, path):
+                yield {**beside, **row} if isinstance(row, dict) else row
+    elif keys:
+        if not isinstance(found, dict) or keys[0] not in found:
             known = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise ValueError(f"Got records={file_format.records!r}, but {path} has no {key!r} there; it has {known}.")
-        found = found[key]
-    if not isinstance(found, list):
+            raise ValueError(f"Got {keys[0]!r} in records, but {path} has no such key there; it has {known}.")
+        yield from _find_rows(found[keys[0]], keys[1:], path)
+    elif isinstance(found, list):
+        yield from found
+    else:
         raise ValueError(
             f"{path} holds a {type(found).__name__}, not a list of rows. Say under which key the list is: records."
         )
-    for number, row in enumerate(found, 1):
-        is_object = isinstance(row, dict)
-        yield number, row if is_object else {}, "" if is_object else f"it is a {type(row).__name__}, not an object"
+
+
+def _read_conll(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    columns = list(file_format.columns or ())
+    if not columns:
+        raise ValueError(f"{path} does not name its columns. Give them: columns in file_format, like [words, tags].")
+    with _open(path, file_format) as file:
+        start, words, fault = 0, list[list[str]](), ""
+        for line, text in enumerate(itertools.chain(file, [""]), 1):
+            if text.strip() and not text.startswith("-DOCSTART-"):
+                fields = text.rstrip("\r\n").split(file_format.delimiter)
+                if not fault:
+                    start = start or line
+                    words.append(fields)
+                    if len(fields) != len(columns):
+                        start, fault = line, f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
+            elif words:
+                lists = map(list, zip(*words, strict=True)) if not fault else ([] for _ in columns)
+                yield start, dict(zip(columns, lists, strict=True)), fault
+                start, words, fault = 0, [], ""
 
 
 def _read_parquet(path: Path, file_format: FileFormat) -> Iterator[Row]:
@@ -247,6 +301,7 @@ _READERS = {
     "jsonl": _read_json_lines,
     "json": _read_json,
     "parquet": _read_parquet,
+    "conll": _read_conll,
 }
 
 

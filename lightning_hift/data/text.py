@@ -26,6 +26,9 @@ Split = Literal["train", "validation", "test", "predict"]
 TRUNCATED = "__truncated__"
 """Column of encoded examples: whether tokens were cut off."""
 
+ROW = "__row__"
+"""What ``encode`` finds in each row beside its columns: its number in the table of the split, from 0."""
+
 _STAGES: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -47,7 +50,7 @@ class TextDataModule(pl.LightningDataModule):
         splits: Which split of ``dataset`` is ``train``, ``validation``, ``test`` and ``predict``, with slices as in
             ``"train[:80%]"``; default: those of the same name.
         files: Instead of ``dataset``: local files by ``train``, ``validation``, ``test`` and ``predict``; one path or a
-            list. csv, tsv, jsonl, json, parquet and txt, also with .gz behind.
+            list. csv, tsv, jsonl, json, parquet, txt and conll, also with .gz behind.
         file_format: How the files are written.
         validation_fraction: Share of the training rows that is held out, where there are no validation rows.
         max_train_rows: Use only so many training rows, drawn by ``seed``.
@@ -136,6 +139,8 @@ class TextDataModule(pl.LightningDataModule):
     def encode(self, row: Mapping[str, Any], split: Split) -> list[dict[str, Any]]:
         """Examples made from one row: mappings with ``input_ids``, a list of ints, and ``TRUNCATED``, a bool.
 
+        Columns whose names begin with two underscores do not come into batches; ``count_cut`` may use them.
+
         Raises:
             BadRow: The row cannot be used.
         """
@@ -148,6 +153,14 @@ class TextDataModule(pl.LightningDataModule):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: token lists are padded to the longest, on the right; numbers become tensors."""
         return {name: self.pad(name, [example[name] for example in examples]) for name in examples[0]}
+
+    def count_cut(self, split: Split, examples: Any) -> None:
+        """Warn of what was cut off; ``examples`` are all that were encoded."""
+        cut = sum(map(bool, examples[TRUNCATED]))
+        if cut:
+            rank_zero_warn(
+                f"{cut} of {len(examples)} {split} examples were longer than max_length={self.max_length} and were cut."
+            )
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -311,8 +324,9 @@ class TextDataModule(pl.LightningDataModule):
         table = self.table(split)
         key = _hash([table._fingerprint, self._options(split)])
         encoded = table.map(
-            lambda rows: self._encode_rows(rows, split),
+            lambda rows, numbers: self._encode_rows({**rows, ROW: numbers}, split),
             batched=True,
+            with_indices=True,
             remove_columns=table.column_names,
             new_fingerprint=key,
             load_from_cache_file=True,
@@ -321,8 +335,8 @@ class TextDataModule(pl.LightningDataModule):
         examples = without_bad_rows(encoded, self.on_bad_row)
         if len(examples) == 0:
             raise ValueError(f"No row of the split {split!r} can be used: {self._origin(split)}.")
-        self._count_cut(split, examples)
-        return examples.remove_columns([PLACE, TRUNCATED])
+        self.count_cut(split, examples)
+        return examples.remove_columns([name for name in examples.column_names if name.startswith("__")])
 
     def _options(self, split: Split) -> dict[str, Any]:
         """What examples depend on, besides the rows."""
@@ -344,13 +358,6 @@ class TextDataModule(pl.LightningDataModule):
                 found.append({PLACE: row[PLACE], FAULT: str(fault)})
         names = {name: None for example in found for name in example}
         return {name: [example.get(name) for example in found] for name in names}
-
-    def _count_cut(self, split: Split, examples: Any) -> None:
-        cut = sum(map(bool, examples[TRUNCATED]))
-        if cut:
-            rank_zero_warn(
-                f"{cut} of {len(examples)} {split} examples were longer than max_length={self.max_length} and were cut."
-            )
 
 
 def _hash(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -39,9 +40,27 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def need_offsets(tokenizer: Any) -> Any:
+    """``tokenizer``, if it knows which characters a token stands for.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"Got a {type(tokenizer).__name__}, which does not say which characters a token stands for. Use a fast"
+            " tokenizer: a folder with tokenizer.json."
+        )
+    return tokenizer
+
+
 def fingerprint_of(tokenizer: Any) -> str:
     """The same for tokenizers that do the same, in any process."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    inner = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if fast is not None:
+        state = {**json.loads(fast.to_str()), "truncation": None, "padding": None}  # left by the last call
+        inner = json.dumps(state, sort_keys=True)
+    else:
+        inner = repr(sorted(tokenizer.get_vocab().items()))
     described = (type(tokenizer).__name__, inner, tokenizer.special_tokens_map, tokenizer.chat_template)
     return hashlib.sha256(repr(described).encode()).hexdigest()

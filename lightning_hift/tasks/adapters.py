@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str | None) -> nn.Module:
@@ -100,3 +100,13 @@ class _WithGradients:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self._model.named_parameters() if p.grad is not None)
+
+
+def of_own_tokens(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Logits of the tokens of a batch, without those of a prompt that prompt and P-tuning put before them.
+
+    Args:
+        logits: Shape (batch, prompt + length, ...).
+        input_ids: Shape (batch, length).
+    """
+    return logits[:, logits.shape[1] - input_ids.shape[1] :]
