@@ -324,7 +324,7 @@ class TextDataModule(pl.LightningDataModule):
         if len(examples) == 0:
             raise ValueError(f"No row of the split {split!r} can be used: {self._origin(split)}.")
         self._count_cut(split, examples)
-        return examples.remove_columns([PLACE, TRUNCATED])
+        return examples.remove_columns([name for name in examples.column_names if name.startswith("__")])
 
     def _encode_rows(self, rows: Mapping[str, list[Any]], split: Split) -> dict[str, list[Any]]:
         found: list[dict[str, Any]] = []
