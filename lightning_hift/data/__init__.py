@@ -1,6 +1,7 @@
 """LightningDataModules."""
 
 from lightning_hift.data.classification import ClassificationDataModule
+from lightning_hift.data.generation import GenerationDataModule
 from lightning_hift.data.instructions import InstructionDataModule
 from lightning_hift.data.pretraining import PretrainingDataModule
 from lightning_hift.data.python_source import PythonSourceDataModule, order0_bits_per_byte
@@ -10,6 +11,7 @@ from lightning_hift.data.text import TextDataModule
 __all__ = [
     "ClassificationDataModule",
     "FileFormat",
+    "GenerationDataModule",
     "InstructionDataModule",
     "PretrainingDataModule",
     "PythonSourceDataModule",

@@ -130,7 +130,8 @@ class ChatEncoder:
             )
             return text
 
-        return self._refused_as_bad_row(render)
+        text: str = self._refused_as_bad_row(render)
+        return text
 
     @staticmethod
     def _refused_as_bad_row(render: Any) -> Any:

@@ -66,9 +66,9 @@ class InstructionDataModule(TextDataModule):
         super().__init__(**kwargs)
         check_contamination(contamination)
         self.messages = messages
-        self.instruction, self.input, self.output = (
-            (instruction, input, output) if messages is None else (None, None, None)
-        )
+        self.instruction = instruction if messages is None else None
+        self.input = input if messages is None else None
+        self.output = output if messages is None else None
         self.system = system
         self.chat_template = chat_template
         self.packing = packing
@@ -117,7 +117,8 @@ class InstructionDataModule(TextDataModule):
         if self.messages is not None:
             found = read_messages(self.messages, row[self.messages])
         else:
-            assert self.instruction is not None and self.output is not None
+            assert self.instruction is not None
+            assert self.output is not None
             question = text_in(row, self.instruction)
             if self.input is not None and row[self.input] not in (None, ""):
                 question += (PLAIN_INPUT if self.chat.is_plain else "\n\n") + text_in(row, self.input)
@@ -143,14 +144,9 @@ class InstructionDataModule(TextDataModule):
         self.setup("fit")
         examples = self.examples["train"]
         rows = first_fit_decreasing([len(ids) for ids in examples["input_ids"]], self.max_length, self.seed)
-        return ShuffledExamples(
-            PackedExamples(examples, rows),  # type: ignore[arg-type]
-            None,
-            self.batch_size,
-            self.seed,
-            self.collate,
-            {"examples": examples._fingerprint, "packing": True},
-        )
+        packed: Any = PackedExamples(examples, rows)
+        fingerprint = {"examples": examples._fingerprint, "packing": True}
+        return ShuffledExamples(packed, None, self.batch_size, self.seed, self.collate, fingerprint)
 
     @override
     def _count_cut(self, split: Split, examples: Any) -> None:

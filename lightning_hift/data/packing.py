@@ -10,6 +10,7 @@ labels. Whether a network heeds all this is tried by ``tasks.packing_trial``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -142,7 +143,7 @@ class TokenBlocks:
         stop = min(start + self._length, self.num_tokens)
         first, last = self._ends.searchsorted([start, stop - 1], side="right")
         edges = [start, *self._ends[first:last].tolist(), stop]
-        return [{"input_ids": self._read(*edge)} for edge in zip(edges, edges[1:], strict=False)]
+        return [{"input_ids": self._read(*edge)} for edge in pairwise(edges)]
 
     def _read(self, start: int, stop: int) -> Tensor:
         parts: list[Tensor] = []

@@ -92,15 +92,9 @@ class PretrainingDataModule(TextDataModule):
         if not self.packing:
             return super().train_dataloader()
         self.setup("fit")
+        blocks: Any = self.blocks("train")
         fingerprint = {"examples": self.examples["train"]._fingerprint, "sequence_length": self.max_length}
-        return ShuffledExamples(
-            self.blocks("train"),
-            None,
-            self.batch_size,
-            self.seed,
-            self.collate,
-            fingerprint,  # type: ignore[arg-type]
-        )
+        return ShuffledExamples(blocks, None, self.batch_size, self.seed, self.collate, fingerprint)
 
     def blocks(self, split: Split) -> TokenBlocks:
         """The documents of a split, packed."""
@@ -111,7 +105,8 @@ class PretrainingDataModule(TextDataModule):
         found = super()._ordered(split)
         if not self.packing:
             return found
-        return OrderedExamples(self.blocks(split), self.eval_batch_size, self.collate)  # type: ignore[arg-type]
+        blocks: Any = self.blocks(split)
+        return OrderedExamples(blocks, self.eval_batch_size, self.collate)
 
     @override
     def _read(self, split: Split) -> Any:
