@@ -139,6 +139,8 @@ class TokenBlocks:
         return (self.num_tokens + self._length - 2) // self._length
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         start = index * self._length
         stop = min(start + self._length, self.num_tokens)
         first, last = self._ends.searchsorted([start, stop - 1], side="right")

@@ -193,7 +193,7 @@ class ConditionalGeneration(TransformerModule):
             super()._log_metrics(stage)
 
     def _generates(self, stage: str) -> bool:
-        if stage == "test" or not self.trainer.state.fn == TrainerFn.FITTING:
+        if stage == "test" or self.trainer.state.fn != TrainerFn.FITTING:
             return True
         # Before training, it is tried in any case, so that nothing fails only after hours.
         return self.generate_every > 0 and (
