@@ -161,7 +161,10 @@ def bad(messages: Any) -> list[dict[str, Any]]:
     ("messages", "message"),
     [
         ([{"role": "user", "content": "a"}], r"rows.jsonl:1: column 'messages': there is no answer: roles are user"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], r"message 2 is .* must have a role"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}],
+            r"message 2 is .* must have a role",
+        ),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], r"message 1 is .* must have a role and content"),
         ([], r"got \[\]; it must be a list of messages"),
         ([{"role": "user", "content": "a b c d e f"}, CHAT[1]], r"the answer begins after 8 tokens, .*max_length=6"),
@@ -199,7 +202,9 @@ def test_bad_templates_tokenizers_and_columns_are_refused(folder: Path) -> None:
     word_tokenizer(LETTERS, folder / "unpadded", eos_token=None, pad_token=None)
     with pytest.raises(ValueError, match="which has no padding token"):
         examples(data_of(folder, bad(CHAT), tokenizer=str(folder / "unpadded")))
-    with pytest.raises(ValueError, match=r"Got messages='chats', but .*rows\.jsonl has no such column. It has messages"):
+    with pytest.raises(
+        ValueError, match=r"Got messages='chats', but .*rows\.jsonl has no such column. It has messages"
+    ):
         examples(data_of(folder, bad(CHAT), messages="chats"))
     with pytest.raises(ValueError, match="Got instruction='instruction', but"):
         examples(data_of(folder, bad(CHAT), messages=None))

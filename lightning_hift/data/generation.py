@@ -161,9 +161,10 @@ class GenerationDataModule(TextDataModule):
     def _count_cut(self, split: Split, examples: Any) -> None:
         sources, targets = sum(examples[TRUNCATED]), sum(examples[TARGET_CUT])
         if sources or targets:
+            advice = " An answer that is cut off does not teach where to end." if targets else ""
             rank_zero_warn(
                 f"Of {len(examples)} {split} examples, {sources} sources and {targets} targets were cut, as they were"
-                f" longer than max_length={self.max_length} allows. Answers that are cut off do not teach where to end."
+                f" longer than max_length={self.max_length} allows.{advice}"
             )
 
 

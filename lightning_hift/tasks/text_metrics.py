@@ -27,7 +27,7 @@ class Rouge(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("scores", torch.zeros(len(_KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("scores", torch.zeros(len(_KEYS)), dist_reduce_fx="sum")
         self.add_state("num_scored", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @override
@@ -35,7 +35,7 @@ class Rouge(Metric):
         """Add texts, each with its references."""
         found = rouge_score(list(predictions), [list(texts) for texts in references], rouge_keys=_KEYS)
         means = [float(found[f"{key}_fmeasure"]) for key in _KEYS]
-        self.scores += torch.tensor(means, dtype=self.scores.dtype, device=self.scores.device) * len(predictions)
+        self.scores += torch.tensor(means, device=self.scores.device) * len(predictions)
         self.num_scored += len(predictions)
 
     @override
