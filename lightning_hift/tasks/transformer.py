@@ -74,7 +74,7 @@ class TransformerModule(HiFTModule):
         revision: str | None = None,
         adapter: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | ScheduleName | None = None,
+        lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         warmup: float = 0.06,
         interval: Literal["step", "epoch"] = "step",
         accumulate_grad_batches: int = 1,
