@@ -91,7 +91,7 @@ def test_configs_run(
         "model": {"init_args": tiny(model)},
         "data": {
             "init_args": {
-                "files": {split: path for split in splits},
+                "files": dict.fromkeys(splits, path),
                 "tokenizer": str(tmp_path / "tokenizer"),
                 "cache_dir": str(tmp_path / "cache"),
                 "batch_size": 2,
@@ -120,8 +120,16 @@ def test_llama2_7b_fits_where_the_configs_say(
     described = {"model": None, "model_type": "llama", "model_config": LLAMA_2_7B}
     (tmp_path / "described.yaml").write_text(yaml.safe_dump({"model": {"init_args": described}}))
     main(
-        ["plan", *files_of(task, "llama2_7b", method), "-c", str(tmp_path / "described.yaml")]
-        + ["--compare", "false", "--device_memory", memory]
+        [
+            "plan",
+            *files_of(task, "llama2_7b", method),
+            "-c",
+            str(tmp_path / "described.yaml"),
+            "--compare",
+            "false",
+            "--device_memory",
+            memory,
+        ]
     )
     printed = capsys.readouterr().out
     assert "batch 8 x 512 tokens" in printed
