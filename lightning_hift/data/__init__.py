@@ -1,6 +1,9 @@
 """LightningDataModules."""
 
 from lightning_hift.data.classification import ClassificationDataModule
+from lightning_hift.data.generation import GenerationDataModule
+from lightning_hift.data.instructions import InstructionDataModule
+from lightning_hift.data.pretraining import PretrainingDataModule
 from lightning_hift.data.prompt_classification import PromptDataModule
 from lightning_hift.data.python_source import PythonSourceDataModule, order0_bits_per_byte
 from lightning_hift.data.question_answering import QuestionAnsweringDataModule
@@ -11,6 +14,9 @@ from lightning_hift.data.token_classification import TokenClassificationDataModu
 __all__ = [
     "ClassificationDataModule",
     "FileFormat",
+    "GenerationDataModule",
+    "InstructionDataModule",
+    "PretrainingDataModule",
     "PromptDataModule",
     "PythonSourceDataModule",
     "QuestionAnsweringDataModule",

@@ -162,6 +162,11 @@ class TextDataModule(pl.LightningDataModule):
                 f"{cut} of {len(examples)} {split} examples were longer than max_length={self.max_length} and were cut."
             )
 
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What the training examples are, whatever file they came from: a saved place in them means nothing else."""
+        lengths = [len(ids) for ids in self.examples["train"]["input_ids"]]
+        return {"lengths": _hash(lengths), "encoding": _hash(self._options("train"))}
+
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -239,10 +244,8 @@ class TextDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ShuffledExamples:
         self.setup("fit")
         examples = self.examples["train"]
-        lengths = [len(ids) for ids in examples["input_ids"]]
-        fingerprint = {"lengths": _hash(lengths), "encoding": _hash(self._options("train"))}
-        buckets = lengths if self.bucket_by_length else None
-        return ShuffledExamples(examples, buckets, self.batch_size, self.seed, self.collate, fingerprint)
+        lengths = [len(ids) for ids in examples["input_ids"]] if self.bucket_by_length else None
+        return ShuffledExamples(examples, lengths, self.batch_size, self.seed, self.collate, self.data_fingerprint())
 
     @override
     def val_dataloader(self) -> OrderedExamples | list[Any]:

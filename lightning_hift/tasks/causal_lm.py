@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
+from lightning_hift.tasks.packing_trial import is_packed, refuse_contamination
 from lightning_hift.tasks.transformer import TransformerModule
 
 
@@ -27,7 +28,8 @@ class CausalLM(TransformerModule):
 
     A batch is a mapping of ``input_ids``, an integer tensor of shape (batch, length), and whatever else the network
     takes, such as ``attention_mask``. Without ``labels``, the network learns to predict its input; labels of -100 are
-    left out of the loss.
+    left out of the loss. ``position_ids`` that begin anew within a row, without ``attention_mask``, stand for several
+    documents; whether the network keeps them apart is tried once on a tiny batch.
 
     Logs ``val_loss`` (nats per token) and ``val_perplexity``, with ``test_`` in a test.
 
@@ -41,7 +43,8 @@ class CausalLM(TransformerModule):
         kwargs: See ``TransformerModule``.
 
     Raises:
-        ValueError: See ``TransformerModule``. At the first loss: ``loss_chunk_tokens`` does not go with this network.
+        ValueError: See ``TransformerModule``. At the first loss: ``loss_chunk_tokens`` does not go with this network,
+            or rows are packed and it does not keep documents apart.
     """
 
     auto_class = "AutoModelForCausalLM"
@@ -57,6 +60,7 @@ class CausalLM(TransformerModule):
         self.bytes_per_token = bytes_per_token
         self.loss_chunk_tokens = loss_chunk_tokens
         self._tried_modes: set[bool] = set()  # training and evaluation, in which the loss may differ
+        self._tried_packing: set[tuple[bool, bool]] = set()  # mode, and whether there is more than one row
 
     @override
     def make_metrics(self) -> dict[str, Metric]:
@@ -65,6 +69,7 @@ class CausalLM(TransformerModule):
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean loss in nats per predicted token, a scalar."""
+        self._try_packing(batch)
         labels = batch.get("labels", batch["input_ids"])
         if self.loss_chunk_tokens is not None:
             return self._loss_in_chunks(batch, labels, self.loss_chunk_tokens)
@@ -89,6 +94,16 @@ class CausalLM(TransformerModule):
         """Logits, shape (batch, length, vocabulary)."""
         logits: Tensor = self(batch).logits
         return logits
+
+    def _try_packing(self, batch: Mapping[str, Any]) -> None:
+        if "position_ids" not in batch or "attention_mask" in batch:
+            return
+        assert self.network is not None, "configure_model builds the network; the Trainer calls it"
+        num_rows = min(2, len(batch["position_ids"]))
+        key = (self.network.training, num_rows > 1)
+        if key not in self._tried_packing and is_packed(batch["position_ids"]):
+            refuse_contamination(self.network, num_rows)
+            self._tried_packing.add(key)
 
     def _loss_in_chunks(self, batch: Mapping[str, Any], labels: Tensor, chunk_tokens: int) -> Tensor:
         assert self.network is not None, "configure_model builds the network; the Trainer calls it"

@@ -59,12 +59,12 @@ class NetworkSource:
             )
 
 
-def read_config(source: NetworkSource, auto_class: str, **fields: Any) -> Any:
+def read_config(source: NetworkSource, auto_class: str | None, **fields: Any) -> Any:
     """The configuration of a network, a ``PretrainedConfig`` of transformers.
 
     Args:
         source: Where it comes from.
-        auto_class: The head that is wanted, such as ``"AutoModelForCausalLM"``.
+        auto_class: The head that is wanted, such as ``"AutoModelForCausalLM"``; ``None`` asks for none.
         fields: Set last, like ``id2label``.
 
     Raises:
@@ -74,7 +74,8 @@ def read_config(source: NetworkSource, auto_class: str, **fields: Any) -> Any:
     from transformers import AutoConfig
 
     if source.model_type is not None:
-        _check_head(source.model_type, auto_class, f"model_type={source.model_type!r}")
+        if auto_class is not None:
+            _check_head(source.model_type, auto_class, f"model_type={source.model_type!r}")
         config = AutoConfig.for_model(source.model_type)
     else:
         try:
@@ -83,7 +84,7 @@ def read_config(source: NetworkSource, auto_class: str, **fields: Any) -> Any:
             raise OSError(cannot_open(f"model={source.model!r}", str(source.model), error)) from error
         except ValueError as error:
             raise ValueError(f"Got model={source.model!r}, which transformers cannot read: {error}") from error
-        if not hasattr(config, "auto_map"):  # a model that brings its own code
+        if auto_class is not None and not hasattr(config, "auto_map"):  # a model that brings its own code
             _check_head(config.model_type, auto_class, f"model={source.model!r}")
     unknown = [key for key in source.model_config if not (hasattr(config, key) or hasattr(config, f"_{key}"))]
     if unknown:  # transformers would keep it as an attribute that nothing reads
@@ -102,6 +103,20 @@ def read_config(source: NetworkSource, auto_class: str, **fields: Any) -> Any:
             f"Got model_config={dict(source.model_config)}, which {type(config).__name__} of transformers refuses:"
             f" {error.__cause__ or error} Change those values."
         ) from error
+
+
+def is_encoder_decoder(source: NetworkSource) -> bool:
+    """Whether the architecture encodes one text and decodes another.
+
+    Raises:
+        ValueError: See ``read_config``.
+        OSError: See ``read_config``.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if source.model_type is not None and source.model_type not in CONFIG_MAPPING:
+        return False  # to be told what is wrong with it by who asks for a head
+    return bool(getattr(read_config(source, None), "is_encoder_decoder", False))
 
 
 def build_network(source: NetworkSource, auto_class: str, **fields: Any) -> nn.Module:
