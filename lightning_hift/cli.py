@@ -1,4 +1,4 @@
-"""The command line: ``lightning-hift {fit,validate,test,predict,groups,plan} --config file.yaml``."""
+"""The command line: ``lightning-hift {fit,validate,test,predict,groups,plan} --config file.yaml``, and ``export``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.report import describe_groups
 from lightning_hift.strategy import HiFTStrategy
+from lightning_hift.tasks.export import export_checkpoint
 
 _WITHOUT_A_RUN = ("groups", "plan")
 _SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
+_FLAGS_OF_EXPORT = {
+    "merge": "Work an adapter into the weights and write the whole model.",
+    "overwrite": "Replace what an earlier export wrote to the folder.",
+}
 
 
 class HiFTTrainer(pl.Trainer):
@@ -274,4 +279,21 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments instead of those of the process.
     """
-    HiFTCLI(args=args)
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["export"]:
+        _export(given[1:])
+    else:
+        HiFTCLI(args=args, parser_kwargs={"epilog": "And: export a checkpoint to a folder; see export --help."})
+
+
+def _export(args: list[str]) -> None:
+    """Run the subcommand ``export``, which needs no Trainer, model or data."""
+    parser = LightningArgumentParser(prog="lightning-hift export", description="")
+    parser.add_function_arguments(export_checkpoint, skip=set(_FLAGS_OF_EXPORT))
+    for name, told in _FLAGS_OF_EXPORT.items():
+        parser.add_argument(f"--{name}", action="store_true", help=told)
+    options = parser.parse_args(args)
+    try:
+        print(f"Written to {export_checkpoint(**options)}")
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +19,7 @@ from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import add_adapter
+from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
 from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
 from lightning_hift.tasks.weight_decay import decay_groups
 
@@ -209,6 +212,54 @@ class TransformerModule(HiFTModule):
         steps = self.num_training_steps
         scheduler = get_scheduler(self.lr_scheduler, optimizer, math.ceil(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``lightning-hift export`` needs beside the weights."""
+        if self.network is not None:
+            checkpoint[EXPORT_KEY] = asdict(ExportRecord.of(self, self.tokenizer_files))
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.network is not None and EXPORT_KEY in checkpoint:
+            check_labels(checkpoint[EXPORT_KEY], self.network)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        dtype: DType | None = None,
+        merge: bool = False,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> Path:
+        """Write a folder that ``from_pretrained`` of transformers opens, or of peft where there is an adapter.
+
+        It holds weights (safetensors), configuration, tokenizer, and a README.md with the facts of the run. The weights
+        are written from where they are; another ``dtype`` takes the memory of a copy.
+
+        Args:
+            folder: New or empty.
+            tokenizer: Default: that of the data module.
+            dtype: Of the weights that are written; default: as they are.
+            merge: Work an adapter into the weights and write the whole model.
+            overwrite: Replace what an earlier export wrote to ``folder``.
+            max_shard_size: Most bytes per file of weights.
+
+        Returns:
+            The folder.
+
+        Raises:
+            RuntimeError: The network is not built.
+            FileExistsError: ``folder`` is not empty, and ``overwrite`` is not set.
+            ValueError: There is nothing to merge, or it cannot be merged.
+        """
+        return save_pretrained(self, folder, tokenizer, dtype, merge, overwrite, max_shard_size)
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of the data module's tokenizer, read once; empty where there is none."""
+        return read_tokenizer_files(getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None))
 
     @property
     def num_training_steps(self) -> int:
