@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_hift.module import HiFTModule
     from lightning_hift.planner.plan import make_plan
     from lightning_hift.precision import HiFTPrecision
+    from lightning_hift.predictions import PredictionWriter
     from lightning_hift.strategy import HiFTStrategy
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "HiFTStrategy",
     "LayerGroup",
     "LayerUnit",
+    "PredictionWriter",
     "StateOffloader",
     "StreamingCheckpointIO",
     "SweepLR",
@@ -52,6 +54,7 @@ _NEEDS_LIGHTNING = {
     "HiFTModule": "module",
     "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",
+    "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
     "make_plan": "planner.plan",
 }
