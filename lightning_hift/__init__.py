@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_hift.precision import HiFTPrecision
     from lightning_hift.predictions import PredictionWriter
     from lightning_hift.strategy import HiFTStrategy
+    from lightning_hift.training_speed import TrainingSpeed
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "StreamingCheckpointIO",
     "SweepLR",
     "SweepSchedule",
+    "TrainingSpeed",
     "attach_engines",
     "find_layer_units",
     "group_units",
@@ -56,6 +58,7 @@ _NEEDS_LIGHTNING = {
     "HiFTStrategy": "strategy",
     "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
+    "TrainingSpeed": "training_speed",
     "make_plan": "planner.plan",
 }
 

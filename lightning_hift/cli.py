@@ -16,6 +16,7 @@ from lightning_hift.callback import HiFTCallback
 from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks.export import export_checkpoint
 from lightning_hift.trainer import HiFTTrainer
+from lightning_hift.training_speed import TrainingSpeed
 
 _WITHOUT_A_RUN = ("groups", "plan")
 _SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
@@ -50,7 +51,7 @@ class HiFTCLI(LightningCLI):
         save_config_callback: See ``LightningCLI``; default: saves to the folder of the logs, if there is one.
         save_config_kwargs: See ``LightningCLI``; here, a second run may overwrite the first one's file.
         trainer_class: A ``HiFTTrainer``, for the subcommand ``groups``.
-        trainer_defaults: See ``LightningCLI``.
+        trainer_defaults: See ``LightningCLI``; a ``TrainingSpeed`` joins its callbacks.
         args: Arguments instead of those of the process.
         kwargs: Everything else that ``LightningCLI`` takes.
     """
@@ -74,7 +75,7 @@ class HiFTCLI(LightningCLI):
                 save_config_callback,
                 {"overwrite": True, **(save_config_kwargs or {})},
                 trainer_class,
-                {"strategy": "hift", **(trainer_defaults or {})},
+                {"strategy": "hift", **(trainer_defaults or {}), "callbacks": _with_speed(trainer_defaults)},
                 args=args,
                 **kwargs,
             )
@@ -144,6 +145,11 @@ def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], ar
         make(**arguments)
     except ValueError as error:
         parser.error(f'Parser key "{key}": {error}')
+
+
+def _with_speed(trainer_defaults: dict[str, Any] | None) -> list[Any]:
+    given = (trainer_defaults or {}).get("callbacks") or []
+    return [*(given if isinstance(given, list) else [given]), TrainingSpeed()]
 
 
 def _with_underscores(args: Sequence[str]) -> list[str]:

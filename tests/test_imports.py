@@ -16,7 +16,8 @@ FLOORS = [
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"},
     {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight"},
-    {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"} | {"predictions"},
+    {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
+    | {"predictions", "training_speed"},
     {"tasks", "data"},
     {"planner"},
     {"cli", "trainer", "__main__"},

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lightning_hift.tasks.adapters import add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
 from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
 from lightning_hift.tasks.weight_decay import decay_groups
+from lightning_hift.training_speed import TrainingSpeed
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
@@ -162,6 +164,10 @@ class TransformerModule(HiFTModule):
             metrics = dict(self.make_metrics())
             if metrics:
                 self.metrics[stage] = MetricCollection(metrics, prefix=f"{stage}_")
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [TrainingSpeed()]
 
     @override
     def forward(self, batch: Mapping[str, Any]) -> Any:
