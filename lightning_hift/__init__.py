@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_hift.callback import HiFTCallback
     from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
+    from lightning_hift.layer_updates import LayerUpdates
     from lightning_hift.module import HiFTModule
     from lightning_hift.planner.plan import make_plan
     from lightning_hift.precision import HiFTPrecision
@@ -37,6 +38,7 @@ __all__ = [
     "HiFTStrategy",
     "LayerGroup",
     "LayerUnit",
+    "LayerUpdates",
     "PredictionWriter",
     "StateOffloader",
     "StreamingCheckpointIO",
@@ -56,6 +58,7 @@ _NEEDS_LIGHTNING = {
     "HiFTModule": "module",
     "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",
+    "LayerUpdates": "layer_updates",
     "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
     "TrainingSpeed": "training_speed",

@@ -17,7 +17,7 @@ FLOORS = [
     | {"allocations", "memory", "probe"},
     {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
-    | {"predictions", "training_speed"},
+    | {"predictions", "training_speed", "layer_updates", "layer_updates_plot"},
     {"tasks", "data"},
     {"planner"},
     {"cli", "trainer", "__main__"},
