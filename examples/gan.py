@@ -1,4 +1,4 @@
-"""HiFT for a GAN under manual optimization: each of the two optimizers rotates through the layers of its own network."""
+"""HiFT for a GAN under manual optimization: each optimizer rotates through the layers of its own network."""
 
 import lightning.pytorch as pl
 import torch

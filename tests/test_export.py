@@ -406,3 +406,44 @@ def test_the_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "export --help" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*deprecated in v4")
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*JsonargparseDeprecationWarning")
+def test_fit_predict_and_export_from_one_file(
+    data: ClassificationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
+    (tmp_path / "new.tsv").write_text("text\n" + "\n".join(["very good film", "not good plot", "film"]) + "\n")
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    config = {
+        "trainer": {**quiet, "max_epochs": 1},
+        "model": {
+            "class_path": "lightning_hift.tasks.SequenceClassification",
+            "init_args": {"model_type": "bert", "model_config": BERT},
+        },
+        "data": {
+            "class_path": "lightning_hift.data.ClassificationDataModule",
+            "init_args": {
+                "files": {**data.files, "predict": "new.tsv"},  # type: ignore[dict-item]
+                "tokenizer": str(tmp_path / "tokenizer"),
+                "cache_dir": str(tmp_path / "cache"),
+                "eval_batch_size": 2,
+            },
+        },
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    main(["fit", "-c", "mine.yaml"])
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    main(["predict", "-c", "mine.yaml", "--ckpt_path", str(checkpoint)])
+    main(["export", "--checkpoint", str(checkpoint), "--output", "model"])
+
+    predicted = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained("model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    for text, record in zip(["very good film", "not good plot", "film"], predicted, strict=True):
+        with torch.no_grad():
+            chances = opened(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        assert record["label"] == opened.config.id2label[int(chances.argmax())]
+        assert record["probability"] == pytest.approx(float(chances.max()), abs=1e-5)
