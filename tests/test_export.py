@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ BART = {"d_model": 16, "vocab_size": 40, "max_position_embeddings": 32} | {
 }
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "very", "not"]
 IDS = torch.tensor([[2, 3, 4, 5], [6, 7, 2, 3]])
+
+# Of peft's making.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 @pytest.fixture(autouse=True)
@@ -268,6 +272,14 @@ ADAPTERS = {
         "feedforward_modules": ["mlp.c_proj"],
         "fan_in_fan_out": True,
     },
+    "ADALORA": {
+        "peft_type": "ADALORA",
+        "target_modules": ["c_attn"],
+        "init_r": 3,
+        "target_r": 2,
+        "total_step": 10,
+        "fan_in_fan_out": True,
+    },
     "PREFIX_TUNING": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
     "PROMPT_TUNING": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
     "P_TUNING": {"peft_type": "P_TUNING", "num_virtual_tokens": 2, "encoder_hidden_size": 8},
@@ -283,8 +295,13 @@ def base(tmp_path: Path) -> str:
 
 
 def fitted_adapter(adapter: dict[str, Any], tmp_path: Path, **source: Any) -> tuple[CausalLM, str]:
-    module = CausalLM(adapter=adapter, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **source)
+    """A module and its checkpoint, with an adapter as far from its beginning as after a long training."""
+    module = CausalLM(adapter=adapter, **source)
     run = fitted(module, callbacks=[])
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn_like(p)
     return module, checkpoint_of(run, tmp_path)
 
 
@@ -305,7 +322,7 @@ def test_an_adapter_becomes_a_folder_of_peft(adapter: dict[str, Any], base: str,
     assert "PeftModel.from_pretrained" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["LORA", "IA3"])
+@pytest.mark.parametrize("kind", ["LORA", "ADALORA", "IA3"])
 def test_an_adapter_is_merged(kind: str, base: str, tmp_path: Path) -> None:
     module, path = fitted_adapter(ADAPTERS[kind], tmp_path, model=base)
     expected, before = logits(module.network), {n: p.clone() for n, p in module.named_parameters()}
@@ -316,6 +333,34 @@ def test_an_adapter_is_merged(kind: str, base: str, tmp_path: Path) -> None:
         # Merged weights round elsewhere than the sum of two products.
         torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+def example_in(folder: Path) -> Any:
+    """The model that the code in a model card opens, when it is run beside the folder."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["model"]
+
+
+@pytest.mark.parametrize("adapter", [None, {"peft_type": "LORA", "r": 2, "target_modules": ["query"]}])
+def test_the_code_in_the_model_card_opens_a_new_head_too(
+    adapter: Any, data: ClassificationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = transformers.AutoConfig.for_model("bert", **BERT, vocab_size=len(WORDS))
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    data.given_label_names = ["pos", "neg", "neither"]
+    module = SequenceClassification(
+        model=str(tmp_path / "base"), adapter=adapter, optimizer=lambda p: torch.optim.SGD(p, lr=0.5)
+    )
+    run = trainer(max_epochs=1)
+    run.fit(module, data)
+    folder = export_checkpoint(checkpoint_of(run, tmp_path), "my_model")
+    opened = example_in(folder)
+    assert opened.config.id2label == {0: "pos", 1: "neg", 2: "neither"}
+    torch.testing.assert_close(logits(opened), logits(module.network), rtol=0, atol=1e-6)
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("config.json"))
 
 
 def test_an_adapter_on_random_weights_takes_them_along(tmp_path: Path) -> None:
@@ -372,6 +417,9 @@ def test_what_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"does not say what network .* Only checkpoints of modules of lightning_hift"):
         export_checkpoint(str(tmp_path / "other.ckpt"), output)
+    torch.save({"state_dict": {}, EXPORT_KEY: {"from": "the future"}}, tmp_path / "new.ckpt")
+    with pytest.raises(ValueError, match="another version of lightning_hift"):
+        export_checkpoint(str(tmp_path / "new.ckpt"), output)
     torch.save({"state_dict": Path("x")}, tmp_path / "code.ckpt")
     with pytest.raises(ValueError, match="cannot be read without running code"):
         export_checkpoint(str(tmp_path / "code.ckpt"), output)

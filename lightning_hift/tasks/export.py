@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ class ExportRecord:
         )
 
 
+@lru_cache(maxsize=1)  # each checkpoint has them
 def read_tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """Content of the files that a tokenizer saves, by their paths in its folder; nothing for ``None``."""
     if tokenizer is None:
@@ -143,7 +145,12 @@ def export_checkpoint(
             " modules of lightning_hift.tasks do; of another module, load it with load_from_checkpoint and save its"
             " network."
         )
-    record = ExportRecord(**content[EXPORT_KEY])
+    try:
+        record = ExportRecord(**content[EXPORT_KEY])
+    except TypeError as error:
+        raise ValueError(
+            f"Got checkpoint={checkpoint!r}, which another version of lightning_hift wrote. Export it with that one."
+        ) from error
     weights = content["state_dict"]
     state = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
     del content, weights

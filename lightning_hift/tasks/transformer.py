@@ -262,9 +262,9 @@ class TransformerModule(HiFTModule):
         """
         return save_pretrained(self, folder, tokenizer, dtype, merge, overwrite, max_shard_size)
 
-    @cached_property
+    @property
     def tokenizer_files(self) -> dict[str, bytes]:
-        """The files of the data module's tokenizer, read once; empty where there is none."""
+        """The files of the data module's tokenizer; empty where there is none."""
         return read_tokenizer_files(getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None))
 
     @property
