@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from lightning_hift.callback import HiFTCallback
     from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
+    from lightning_hift.layer_updates import LayerUpdates
     from lightning_hift.module import HiFTModule
     from lightning_hift.planner.plan import make_plan
     from lightning_hift.precision import HiFTPrecision
+    from lightning_hift.predictions import PredictionWriter
     from lightning_hift.strategy import HiFTStrategy
+    from lightning_hift.training_speed import TrainingSpeed
 
 __version__ = "0.1.0"
 
@@ -35,10 +38,13 @@ __all__ = [
     "HiFTStrategy",
     "LayerGroup",
     "LayerUnit",
+    "LayerUpdates",
+    "PredictionWriter",
     "StateOffloader",
     "StreamingCheckpointIO",
     "SweepLR",
     "SweepSchedule",
+    "TrainingSpeed",
     "attach_engines",
     "find_layer_units",
     "group_units",
@@ -52,7 +58,10 @@ _NEEDS_LIGHTNING = {
     "HiFTModule": "module",
     "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",
+    "LayerUpdates": "layer_updates",
+    "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
+    "TrainingSpeed": "training_speed",
     "make_plan": "planner.plan",
 }
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,16 @@ from lightning_hift.schedule import SweepSchedule
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
 _ALWAYS = "always"  # owner of the counters of always-active units
+
+
+class StepWatcher(Protocol):
+    """Looks at the weights around each step, in 32 bits where there are masters."""
+
+    def before_step(self, pieces: Sequence[Piece]) -> None:
+        """``pieces`` are about to be stepped, by their handles; with slices, several times per step."""
+
+    def after_step(self) -> None:
+        """They were stepped."""
 
 
 class HiFTEngine:
@@ -109,6 +119,7 @@ class HiFTEngine:
         self._step_announced = False  # once per optimizer.step
         self._closed = False
         self._proof: FirstSweepProof | None = FirstSweepProof(self.parameters)
+        self.watchers: list[StepWatcher] = []
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
         self._counters_on_load: list[Any] = []
@@ -346,10 +357,12 @@ class HiFTEngine:
         self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now])
         if self._proof is not None and self.step <= self.schedule.steps_per_sweep:
             self._proof.before_step(pieces)
+        for watcher in self.watchers:
+            watcher.before_step(pieces)
 
     def _take_back(self, keep_options: bool = True) -> None:
-        if self._proof is not None:
-            self._proof.after_step()
+        for watcher in (*self.watchers, *([] if self._proof is None else [self._proof])):
+            watcher.after_step()
         self._lender.take_back(keep_options)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

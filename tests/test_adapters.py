@@ -44,13 +44,14 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClassificationDataM
 
 
 def fit(
-    tmp_path: Path, rows: Any, kind: str, **options: Any
+    tmp_path: Path, rows: Any, kind: str, ckpt_path: str | None = None, **options: Any
 ) -> tuple[SequenceClassification, pl.Trainer, HiFTCallback]:
     pl.seed_everything(0)
     callback = HiFTCallback()
     task = SequenceClassification(
         model=str(save_network(tmp_path / "bert")),
         labels=2,
+        model_config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         adapter={"peft_type": kind, **ADAPTERS[kind]},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     )
@@ -58,7 +59,7 @@ def fit(
     trainer = pl.Trainer(
         accelerator="cpu", enable_model_summary=False, **{"max_steps": 16, "callbacks": [callback], **quiet, **options}
     )
-    trainer.fit(task, rows)
+    trainer.fit(task, rows, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
     return task, trainer, callback
 
 
@@ -96,6 +97,18 @@ def test_adalora_gives_up_ranks(tmp_path: Path, rows: Any) -> None:
     pattern = task.network.peft_config["default"].rank_pattern  # type: ignore[union-attr, index]
     assert kept == sum(map(sum, pattern.values())) < sum(p.numel() for p in values)
     assert kept <= len(values)  # target_r is 1
+
+
+def test_adalora_resumes_with_its_ranks(tmp_path: Path, rows: Any) -> None:
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 9:
+                trainer.save_checkpoint(tmp_path / "nine.ckpt")
+
+    whole, _, _ = fit(tmp_path, rows, "ADALORA", callbacks=[HiFTCallback(), Save()])
+    resumed, _, _ = fit(tmp_path, rows, "ADALORA", ckpt_path=str(tmp_path / "nine.ckpt"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_adalora_needs_a_whole_sweep(tmp_path: Path, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:

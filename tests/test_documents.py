@@ -64,12 +64,25 @@ def test_readme_files_and_arguments_exist():
         assert (ROOT / path).exists(), path
 
 
+EXAMPLES = {  # arguments, how the last line starts, and between what its number must lie
+    "plain_torch.py": ([], "final loss", 0.0, 3.0),
+    "existing_module.py": ([], "validation accuracy", 0.9, 1.0),
+    "vision_transformer_digits.py": ([], "validation accuracy", 0.8, 1.0),
+    "gan.py": ([], "mean distance from the circle", 0.0, 0.25),  # 0.9 before training
+    "own_cli.py": (["fit", "--config", "own_cli.yaml"], "validation accuracy", 0.9, 1.0),
+}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_example_runs(path, tmp_path):
-    shutil.copy(path, tmp_path)
-    result = run([sys.executable, path.name], tmp_path)
+    for file in (path, *path.parent.glob(f"{path.stem}.yaml")):
+        shutil.copy(file, tmp_path)
+    arguments, start, low, high = EXAMPLES[path.name]
+    result = run([sys.executable, path.name, *arguments], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert {"plain_torch.py": "resumed", "existing_module.py": "validation accuracy"}[path.name] in result.stdout
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith(start)
+    assert low <= float(last.split()[-1]) <= high
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

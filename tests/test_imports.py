@@ -16,10 +16,11 @@ FLOORS = [
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"},
     {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight"},
-    {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"},
+    {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
+    | {"predictions", "training_speed", "layer_updates", "layer_updates_plot"},
     {"tasks", "data"},
     {"planner"},
-    {"cli", "__main__"},
+    {"cli", "trainer", "__main__"},
     {"benchmark"},
 ]
 TORCH_ONLY = {"torch", "lightning_hift"}

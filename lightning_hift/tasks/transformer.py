@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -17,8 +21,12 @@ from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
+from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
 from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
 from lightning_hift.tasks.weight_decay import decay_groups
+from lightning_hift.training_speed import TrainingSpeed
+
+_RANKS_KEY = "adalora_ranks"
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
@@ -162,6 +170,10 @@ class TransformerModule(HiFTModule):
                 self.metrics[stage] = MetricCollection(metrics, prefix=f"{stage}_")
 
     @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [TrainingSpeed()]
+
+    @override
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """The network's output for a batch of its arguments."""
         assert self.network is not None, "configure_model builds the network; the Trainer calls it"
@@ -180,9 +192,12 @@ class TransformerModule(HiFTModule):
         super().on_before_optimizer_step(optimizer)
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._ranks is not None:
-            self._ranks.allocate(self.global_step)
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+        steps = self.global_step
+        output = super().training_step(batch, batch_idx)
+        if self._ranks is not None and self.global_step > steps:
+            self._ranks.allocate(self.global_step)  # here, before any callback saves a checkpoint
+        return output
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -221,6 +236,58 @@ class TransformerModule(HiFTModule):
         steps = self.num_training_steps
         scheduler = get_scheduler(self.lr_scheduler, optimizer, math.ceil(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``lightning-hift export`` needs beside the weights."""
+        if self.network is not None:
+            checkpoint[EXPORT_KEY] = asdict(ExportRecord.of(self, self.tokenizer_files))
+        if self._ranks is not None:
+            checkpoint[_RANKS_KEY] = self._ranks.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.network is not None and EXPORT_KEY in checkpoint:
+            check_labels(checkpoint[EXPORT_KEY], self.network)
+        if self._ranks is not None and _RANKS_KEY in checkpoint:
+            self._ranks.load_state_dict(checkpoint[_RANKS_KEY])
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        dtype: DType | None = None,
+        merge: bool = False,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> Path:
+        """Write a folder that ``from_pretrained`` of transformers opens, or of peft where there is an adapter.
+
+        It holds weights (safetensors), configuration, tokenizer, and a README.md with the facts of the run. The weights
+        are written from where they are; another ``dtype`` takes the memory of a copy.
+
+        Args:
+            folder: New or empty.
+            tokenizer: Default: that of the data module.
+            dtype: Of the weights that are written; default: as they are.
+            merge: Work an adapter into the weights and write the whole model.
+            overwrite: Replace what an earlier export wrote to ``folder``.
+            max_shard_size: Most bytes per file of weights.
+
+        Returns:
+            The folder.
+
+        Raises:
+            RuntimeError: The network is not built.
+            FileExistsError: ``folder`` is not empty, and ``overwrite`` is not set.
+            ValueError: There is nothing to merge, or it cannot be merged.
+        """
+        return save_pretrained(self, folder, tokenizer, dtype, merge, overwrite, max_shard_size)
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of the data module's tokenizer; empty where there is none."""
+        return read_tokenizer_files(getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None))
 
     @property
     def num_training_steps(self) -> int:

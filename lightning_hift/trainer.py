@@ -1,0 +1,168 @@
+"""The Trainer of the command line, whose methods are its subcommands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities.types import _PREDICT_OUTPUT
+from typing_extensions import override
+
+from lightning_hift.attach import find_groups
+from lightning_hift.callback import HiFTCallback
+from lightning_hift.memory import parse_bytes
+from lightning_hift.planner.forecast import Setup
+from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
+from lightning_hift.planner.report import plot_plan, write_markdown
+from lightning_hift.predictions import PredictionWriter
+from lightning_hift.report import describe_groups
+
+
+class HiFTTrainer(pl.Trainer):
+    """A Trainer that can also show layer groups and memory, and writes predictions to a file.
+
+    ``LightningCLI`` makes a subcommand of each such method.
+    """
+
+    def groups(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
+        """Print the layer groups of the model with their sizes, without data or training.
+
+        A network that ``configure_model`` builds is built without memory for its weights, so the largest models fit.
+        All trainable parameters are taken to be in one optimizer.
+
+        Args:
+            model: The module to look at; ``units``, ``frozen``, ``always_active`` and ``group_size`` are those of the
+                Trainer's ``HiFTCallback``.
+            datamodule: Not used.
+
+        Raises:
+            ValueError: The grouping does not fit the model.
+        """
+        callback = self._hift()
+        with torch.device("meta"):
+            model.configure_model()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        (found,) = find_groups(model, [optimizer], **callback.grouping)
+        print(describe_groups(found.groups, found.always_active))
+
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        device_memory: str | None = None,
+        host_memory: str | None = None,
+        link: str = "25GB/s",
+        tflops: float = SUSTAINED_FLOPS / 1e12,
+        compare: bool = True,
+        plot: str | None = None,
+        report: str | None = None,
+    ) -> None:
+        """Print what a fit with this configuration will need, without a GPU, data or training.
+
+        A network that ``configure_model`` builds is built without memory for its weights. Precision and strategy are
+        those of the Trainer, the layer groups those of its ``HiFTCallback``.
+
+        Args:
+            model: The module to plan for.
+            datamodule: Its ``batch_size`` and ``sequence_length``, if it has them, are the defaults.
+            batch_size: Rows per micro-batch; without a data module that says it: 1.
+            sequence_length: Tokens per row; without a data module that says it: 512.
+            device_memory: Memory of the device, such as 24GiB. With it, what does not fit is answered by what does.
+            host_memory: Memory of the host that is free, likewise.
+            link: Speed of copies between host and device, each way.
+            tflops: What the device sustains on this model, in 10^12 operations per second; default: 40 % of an A100.
+            compare: Also plan full fine-tuning and other kinds of master weights. Takes several times as long.
+            plot: File for a picture of the device memory by group.
+            report: File for the plan in Markdown.
+
+        Raises:
+            ValueError: An argument is out of range, or the grouping does not fit the model.
+            RuntimeError: A plot is asked for, but matplotlib is not installed.
+        """
+        with torch.device("meta"):
+            model.configure_model()
+        callback = self._hift()
+        found = make_plan(
+            model,
+            Setup(
+                precision=str(self.precision),
+                group_size=callback.group_size,
+                batch_size=_first_given(batch_size, getattr(datamodule, "batch_size", None), 1),
+                sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
+                **self._strategy_setup(),
+            ),
+            units=callback.units,
+            frozen=callback.frozen,
+            always_active=callback.always_active,
+            device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
+            host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
+            link=_bytes_per_second(link),
+            sustained_flops=tflops * 1e12,
+            compare=compare,
+        )
+        print(found)
+        if plot:
+            plot_plan(found, plot)
+        if report:
+            write_markdown(found, report)
+
+    @override
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: _PATH | None = None,
+        weights_only: bool | None = None,
+        predictions: str | None = "predictions.jsonl",
+    ) -> _PREDICT_OUTPUT | None:
+        """Predict, and write one JSON record per input to a file, in the order of the inputs.
+
+        Args:
+            model: See ``Trainer.predict``.
+            dataloaders: Likewise.
+            datamodule: Likewise.
+            return_predictions: Keep them in memory, too, and return them; default: only if no file is written.
+            ckpt_path: Checkpoint with the weights to predict with.
+            weights_only: See ``Trainer.predict``.
+            predictions: File to write, in the place of one that is there; ``null`` writes none. A ``PredictionWriter``
+                among the Trainer's callbacks takes precedence.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        writers = [callback for callback in callbacks if isinstance(callback, PredictionWriter)]
+        added = [PredictionWriter(predictions)] if predictions and not writers else []
+        if return_predictions is None:
+            return_predictions = not (added or writers)
+        callbacks += added
+        try:
+            return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+        finally:
+            for writer in added:
+                callbacks.remove(writer)
+
+    def _hift(self) -> HiFTCallback:
+        return next((c for c in self.callbacks if isinstance(c, HiFTCallback)), HiFTCallback())  # type: ignore[attr-defined]
+
+    def _strategy_setup(self) -> dict[str, Any]:
+        """Arguments of the strategy that a plan depends on; a strategy without them has the defaults of ``Setup``."""
+        names = ("offload", "prefetch", "master_weights", "max_group_numel", "activation_budget")
+        given = {name: getattr(self.strategy, name) for name in names if hasattr(self.strategy, name)}
+        if given.get("activation_budget") is not None:
+            given["activation_budget"] = parse_bytes(given["activation_budget"], "activation_budget")
+        return given
+
+
+def _bytes_per_second(link: str) -> int:
+    try:
+        return parse_bytes(link.removesuffix("/s"), "link")
+    except ValueError as error:
+        raise ValueError(f"Got link={link!r}; it must be a speed above 0, such as '25GB/s' or '12GiB/s'.") from error
+
+
+def _first_given(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
