@@ -59,16 +59,17 @@ def recorded(tmp_path: Path, module: pl.LightningModule | None = None, **options
 @pytest.mark.parametrize(
     "options",
     [
+        None,
         {},
-        {"strategy": "hift", "callbacks": []},
-        {"strategy": HiFTStrategy(offload="none", prefetch=False)},
-        {"strategy": HiFTStrategy(max_group_numel=60)},
+        {"offload": "none", "prefetch": False},
+        {"max_group_numel": 60},
     ],
     ids=["callback", "strategy", "no offload", "slices"],
 )
-def test_updates_are_those_of_the_weights(options: dict[str, Any], tmp_path: Path) -> None:
+def test_updates_are_those_of_the_weights(options: dict[str, Any] | None, tmp_path: Path) -> None:
     module = Snapshots()
-    rows = recorded(tmp_path, module, **options)
+    strategy: dict[str, Any] = {} if options is None else {"strategy": HiFTStrategy(**options)}
+    rows = recorded(tmp_path, module, **strategy)
     assert [(row["sweep"], row["unit"], row["steps"]) for row in rows] == [
         (s, unit, 1) for s in (0, 1) for unit in UNITS
     ]
