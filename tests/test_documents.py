@@ -1,5 +1,6 @@
 """Every block of the README and every example runs."""
 
+import json
 import os
 import re
 import shutil
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from lightning_hift.cli import main
+from tests.text_models import save_network
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,7 +25,12 @@ def blocks(language):
 
 
 def run(command, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -37,20 +45,46 @@ def test_readme_python_runs(code, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_readme_commands_on_the_readme_yaml(tmp_path):
+@pytest.fixture
+def readme_folder(tmp_path):
+    """The YAML files of the README, and its commands."""
     for text in blocks("yaml"):
         (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.yaml", "run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.yaml", "reviews.yaml", "run.yaml"]
+    return tmp_path
+
+
+def readme_commands():
     commands = [line.split("#")[0].strip() for line in "".join(blocks("bash")).splitlines()]
-    ours = [line for line in commands if line.startswith("lightning-hift")]
+    return [line for line in commands if line.startswith("lightning-hift")]
+
+
+def test_readme_commands_on_the_readme_yaml(readme_folder):
+    ours = [line for line in readme_commands() if "run.yaml" in line or "memory.yaml" in line]
     assert [line.split()[1] for line in ours] == ["groups", "fit", "plan"]
-    outputs = [run(line.split(), tmp_path) for line in [*ours, "lightning-hift fit --config memory.yaml"]]
+    outputs = [run(line.split(), readme_folder) for line in [*ours, "lightning-hift fit --config memory.yaml"]]
     for result in outputs:
         assert result.returncode == 0, result.stderr
     assert "head" in outputs[0].stdout
     assert "same batch, other ways" in outputs[2].stdout
     for result in (outputs[1], outputs[3]):
         assert "first sweep done, all" in result.stdout + result.stderr
+
+
+def test_readme_commands_from_files_to_a_transformers_folder(readme_folder):
+    save_network(readme_folder / "my_model")
+    rows = [f"{word} film,{verdict}" for word, verdict in (("good", "yes"), ("bad", "no")) for _ in range(8)]
+    (readme_folder / "reviews.csv").write_text("\n".join(["review,verdict", *rows, ""]))
+    (readme_folder / "new_reviews.csv").write_text("review\ngood plot\nbad plot\n")
+    ours = [line for line in readme_commands() if "run.yaml" not in line and "memory.yaml" not in line]
+    assert [line.split()[1] for line in ours] == ["fit", "predict", "export"]
+    for line in ours:
+        result = run(line.split(), readme_folder)
+        assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (readme_folder / "verdicts.jsonl").read_text().splitlines()]
+    assert [record["label"] in ("no", "yes") for record in records] == [True, True]
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(readme_folder / "reviewer")
+    assert opened.config.id2label == {0: "no", 1: "yes"}
 
 
 def test_readme_make_targets_exist():

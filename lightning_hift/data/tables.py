@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -64,6 +65,7 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
         FileNotFoundError: A file does not exist.
         ValueError: A name ends in something else, a file has no header, or a whole file cannot be read.
     """
+    _need_datasets()
     from datasets import Dataset
     from datasets.arrow_writer import SchemaInferenceError
     from datasets.exceptions import DatasetGenerationError
@@ -104,6 +106,7 @@ def read_hub(name: str, config_name: str | None, split: str, revision: str | Non
         OSError: There is no such data set in the cache, and the hub does not have it or cannot be reached.
         ValueError: It has no such configuration or split.
     """
+    _need_datasets()
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -119,6 +122,13 @@ def read_hub(name: str, config_name: str | None, split: str, revision: str | Non
         ) from error
     places = [f"{name} {split}:{i}" for i in range(len(table))]
     return table.add_column(PLACE, places).add_column(FAULT, [""] * len(table))
+
+
+def _need_datasets() -> None:
+    if find_spec("datasets") is None:
+        raise RuntimeError(
+            "Data of tasks needs datasets, which is not installed. Run: pip install lightning-hift[tasks]"
+        )
 
 
 def without_bad_rows(table: Any, on_bad_row: OnBadRow) -> Any:

@@ -352,7 +352,7 @@ class TransformerModule(HiFTModule):
         if stage in self.metrics:
             collection = self.metrics[stage]
             assert isinstance(collection, MetricCollection)
-            self.log_dict(collection.compute(), prog_bar=True)
+            self.log_dict({name: value.float() for name, value in collection.compute().items()}, prog_bar=True)
 
 
 def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[str] | None:
