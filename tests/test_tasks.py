@@ -90,9 +90,12 @@ def test_test_and_predict(data: PythonSourceDataModule) -> None:
     found = trainer().test(module, data, verbose=False)[0]
     assert found.keys() == {"test_loss", "test_perplexity", "test_bits_per_byte"}
     assert found["test_perplexity"] == pytest.approx(math.exp(found["test_loss"]), rel=1e-5)
-    logits = trainer(limit_predict_batches=1).predict(module, data)
-    assert logits is not None
-    assert logits[0].shape == (8, 32, 256)
+    predicted = trainer(limit_predict_batches=1).predict(module, data)
+    assert predicted is not None
+    batch = next(iter(data.predict_dataloader()))
+    expected = [module.loss({name: value[i : i + 1] for name, value in batch.items()}).item() for i in range(8)]
+    assert [record["loss"] for record in predicted[0]] == pytest.approx(expected, rel=1e-5)
+    assert [record["tokens"] for record in predicted[0]] == [31] * 8
 
 
 def test_configure_model_keeps_a_built_network_and_works_on_the_meta_device() -> None:

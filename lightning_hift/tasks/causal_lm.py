@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
 from lightning_hift.tasks.packing_trial import is_packed, refuse_contamination
 from lightning_hift.tasks.transformer import TransformerModule
@@ -90,10 +92,17 @@ class CausalLM(TransformerModule):
             self.log(f"{stage}_bits_per_byte", bits, prog_bar=True, batch_size=num_tokens)
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits, shape (batch, length, vocabulary)."""
-        logits: Tensor = self(batch).logits
-        return logits
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, float]]:
+        """One record per row: ``loss``, mean nats per predicted token (NaN without any), and ``tokens``."""
+        labels = batch.get("labels", batch["input_ids"])[:, 1:]
+        logits = self({name: value for name, value in batch.items() if name != "labels"}).logits
+        logits = of_own_tokens(logits, batch["input_ids"])[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none").sum(-1)
+        counts = (labels != IGNORED_LABEL).sum(-1)
+        return [
+            {"loss": loss, "tokens": count}
+            for loss, count in zip((losses / counts).tolist(), counts.tolist(), strict=True)
+        ]
 
     def _try_packing(self, batch: Mapping[str, Any]) -> None:
         if "position_ids" not in batch or "attention_mask" in batch:
