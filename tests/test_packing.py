@@ -211,6 +211,16 @@ def stream(data: PretrainingDataModule) -> list[int]:
     return [token for ids in data.examples["train"]["input_ids"] for token in ids]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_thousand_empty_rows_are_passed_over(tmp_path: Path, before: bool) -> None:
+    word_tokenizer(WORDS, tmp_path / "tokenizer")
+    rows = [{"text": ""}] * 2000
+    write_rows(tmp_path / "texts.jsonl", [*rows, {"text": "w1"}] if before else [{"text": "w1"}, *rows])
+    data = pretraining(tmp_path)
+    data.setup("fit")
+    assert len(stream(data)) == 2
+
+
 def test_blocks_hold_all_tokens_in_order_with_an_end_behind_each_document(folder: Path) -> None:
     data = pretraining(folder, validation_fraction=0.2)
     data.setup("fit")

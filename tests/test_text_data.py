@@ -246,6 +246,21 @@ def test_rows_that_cannot_be_encoded(tmp_path: Path, row: dict[str, Any], fault:
     assert sum(len(batch["labels"]) for batch in loader) == 12
 
 
+@pytest.mark.parametrize("first", ["odd", "pos"])
+def test_batches_of_bad_rows_only(tmp_path: Path, first: str) -> None:
+    """``datasets`` encodes a thousand rows at a time, and wants the same columns each time."""
+    rows = [
+        {"text": "good", "label": label} for label in (first, "pos" if first == "odd" else "odd") for _ in "x" * 1100
+    ]
+    names = ["neg", "pos"]
+    with pytest.raises(ValueError, match="1100 of 2200 rows cannot be used:\n.*got 'odd'; it must be one of neg, pos"):
+        module(tmp_path, rows, label_names=names).setup("fit")
+    data = module(tmp_path, rows, label_names=names, on_bad_row="skip")
+    with pytest.warns(UserWarning, match="1100 of 2200 rows cannot be used and are left out"):
+        data.setup("fit")
+    assert data.examples["train"]["labels"][:] == [1] * 1100
+
+
 def test_numbers_to_predict(tmp_path: Path) -> None:
     rows = [{"text": "good", "label": 1.5}, {"text": "bad", "label": -2}]
     (batch,) = module(tmp_path, rows, regression=True, batch_size=2).train_dataloader()

@@ -33,7 +33,7 @@ def settle(faults: Sequence[str], num_rows: int, on_bad_row: OnBadRow) -> None:
         on_bad_row: Whether they are an error.
 
     Raises:
-        ValueError: There are faults, and they are not to be skipped; or nothing would be left.
+        ValueError: There are faults, and they are not to be skipped.
     """
     if not faults:
         return

@@ -12,7 +12,8 @@ from typing_extensions import override
 from lightning_hift.data.bad_rows import BadRow
 from lightning_hift.data.batches import OrderedExamples
 from lightning_hift.data.classification import text_in
-from lightning_hift.data.text import ROW, TRUNCATED, Split, TextDataModule
+from lightning_hift.data.encoding import ROW
+from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
 from lightning_hift.data.tokenizer import need_offsets
 
 _MOVED, _LOST = "__moved__", "__lost__"  # columns: was an answer looked for, is it in no feature

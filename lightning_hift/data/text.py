@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,18 +14,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_hift.data.bad_rows import BadRow, OnBadRow
+from lightning_hift.data.bad_rows import OnBadRow
 from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
-from lightning_hift.data.tables import FAULT, PLACE, FileFormat, read_files, read_hub, without_bad_rows
+from lightning_hift.data.encoding import encode_table, fingerprint
+from lightning_hift.data.tables import PLACE, FileFormat, read_files, read_hub, without_bad_rows
 from lightning_hift.data.tokenizer import fingerprint_of, load_tokenizer
 
 Split = Literal["train", "validation", "test", "predict"]
 
 TRUNCATED = "__truncated__"
 """Column of encoded examples: whether tokens were cut off."""
-
-ROW = "__row__"
-"""What ``encode`` finds in each row beside its columns: its number in the table of the split, from 0."""
 
 _STAGES: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -165,7 +161,7 @@ class TextDataModule(pl.LightningDataModule):
     def data_fingerprint(self) -> dict[str, Any]:
         """What the training examples are, whatever file they came from: a saved place in them means nothing else."""
         lengths = [len(ids) for ids in self.examples["train"]["input_ids"]]
-        return {"lengths": _hash(lengths), "encoding": _hash(self._options("train"))}
+        return {"lengths": fingerprint(lengths), "encoding": fingerprint(self._options("train"))}
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -325,16 +321,8 @@ class TextDataModule(pl.LightningDataModule):
 
     def _encode(self, split: Split) -> Any:
         table = self.table(split)
-        key = _hash([table._fingerprint, self._options(split)])
-        encoded = table.map(
-            lambda rows, numbers: self._encode_rows({**rows, ROW: numbers}, split),
-            batched=True,
-            with_indices=True,
-            remove_columns=table.column_names,
-            new_fingerprint=key,
-            load_from_cache_file=True,
-            desc=f"Encoding {split}",
-        )
+        key = fingerprint([table._fingerprint, self._options(split)])
+        encoded = encode_table(table, lambda row: self.encode(row, split), key, f"Encoding {split}")
         examples = without_bad_rows(encoded, self.on_bad_row)
         if len(examples) == 0:
             raise ValueError(f"No row of the split {split!r} can be used: {self._origin(split)}.")
@@ -350,18 +338,3 @@ class TextDataModule(pl.LightningDataModule):
             "split": split,
             **self.encoding_options(),
         }
-
-    def _encode_rows(self, rows: Mapping[str, list[Any]], split: Split) -> dict[str, list[Any]]:
-        found: list[dict[str, Any]] = []
-        for values in zip(*rows.values(), strict=True):
-            row = dict(zip(rows, values, strict=True))
-            try:
-                found += [{**example, PLACE: row[PLACE], FAULT: ""} for example in self.encode(row, split)]
-            except BadRow as fault:
-                found.append({PLACE: row[PLACE], FAULT: str(fault)})
-        names = {name: None for example in found for name in example}
-        return {name: [example.get(name) for example in found] for name in names}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
