@@ -210,6 +210,24 @@ def test_tokens_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.parametrize(
+    ("option", "value"), [("truncation_side", "left"), ("model_input_names", ["input_ids", "attention_mask"])]
+)
+def test_a_changed_tokenizer_encodes_again(tmp_path: Path, option: str, value: Any) -> None:
+    rows = [{"text": "good good good bad", "label": "pos"}]
+    batches = []
+    for _ in range(2):
+        data = module(tmp_path, rows, max_length=4)
+        batches += list(data.train_dataloader())
+        path = tmp_path / "tokenizer" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    good, bad = (data.tokenizer.convert_tokens_to_ids(word) for word in ("good", "bad"))
+    assert batches[0]["input_ids"].tolist() == [[2, good, good, 3]]
+    assert batches[1]["input_ids"].tolist() == [[2, good, bad if option == "truncation_side" else good, 3]]
+    assert ("token_type_ids" in batches[1]) == (option == "truncation_side")
+
+
 def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     data = module(tmp_path, validation_fraction=0.25)
     train, held_out = data.table("train")["text"], data.table("validation")["text"]
@@ -253,7 +271,7 @@ def test_batches_of_bad_rows_only(tmp_path: Path, first: str) -> None:
         {"text": "good", "label": label} for label in (first, "pos" if first == "odd" else "odd") for _ in "x" * 1100
     ]
     names = ["neg", "pos"]
-    with pytest.raises(ValueError, match="1100 of 2200 rows cannot be used:\n.*got 'odd'; it must be one of neg, pos"):
+    with pytest.raises(ValueError, match=r"1100 of 2200 rows cannot be used:\n.*got 'odd'; it must be one of neg, pos"):
         module(tmp_path, rows, label_names=names).setup("fit")
     data = module(tmp_path, rows, label_names=names, on_bad_row="skip")
     with pytest.warns(UserWarning, match="1100 of 2200 rows cannot be used and are left out"):

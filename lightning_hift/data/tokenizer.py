@@ -62,5 +62,7 @@ def fingerprint_of(tokenizer: Any) -> str:
         inner = json.dumps(state, sort_keys=True)
     else:
         inner = repr(sorted(tokenizer.get_vocab().items()))
-    described = (type(tokenizer).__name__, inner, tokenizer.special_tokens_map, tokenizer.chat_template)
+    outside = (tokenizer.special_tokens_map, tokenizer.chat_template)
+    outside += (tokenizer.truncation_side, tokenizer.model_input_names)
+    described = (type(tokenizer).__name__, inner, *outside)
     return hashlib.sha256(repr(described).encode()).hexdigest()
