@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import linecache
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,15 @@ pytest.importorskip("datasets")
 
 ROWS = [{"text": f"good film {i}", "label": "pos"} for i in range(6)]
 ROWS += [{"text": f"bad film {i}", "label": "neg"} for i in range(6)]
+
+OWN_MODULE = """
+from lightning_hift.data import TextDataModule
+from lightning_hift.data.text import TRUNCATED
+
+class Own(TextDataModule):
+    def encode(self, row, split):
+        return [{{"input_ids": [{token}], TRUNCATED: False}}]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +238,22 @@ def test_a_changed_tokenizer_encodes_again(tmp_path: Path, option: str, value: A
     assert batches[0]["input_ids"].tolist() == [[2, good, good, 3]]
     assert batches[1]["input_ids"].tolist() == [[2, good, bad if option == "truncation_side" else good, 3]]
     assert ("token_type_ids" in batches[1]) == (option == "truncation_side")
+
+
+def test_a_changed_encode_encodes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    seen = []
+    for token in (5, 6):
+        write(tmp_path / "my_data.py", OWN_MODULE.format(token=token))
+        linecache.checkcache()
+        monkeypatch.delitem(sys.modules, "my_data", raising=False)
+        options = {"files": {"train": jsonl(tmp_path / "a.jsonl", ROWS)}, "tokenizer": str(tmp_path / "tokenizer")}
+        save_tokenizer(tmp_path / "tokenizer")
+        data = importlib.import_module("my_data").Own(**options, cache_dir=str(tmp_path / "cache"))
+        data.setup("fit")
+        seen.append(data.examples["train"]["input_ids"][0])
+    assert seen == [[5], [6]]
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:

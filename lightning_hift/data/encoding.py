@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from lightning_hift.data.bad_rows import BadRow
@@ -65,6 +68,23 @@ def _examples(row: Mapping[str, Any], encode: Encoder) -> list[dict[str, Any]]:
         return [{**example, PLACE: row[PLACE], FAULT: ""} for example in encode(row)]
     except BadRow as fault:
         return [{PLACE: row[PLACE], FAULT: str(fault)}]
+
+
+def source_of(kind: type, base: type) -> list[str]:
+    """What a class and its parents down from ``base`` are written as: their files (in a notebook, their own lines),
+    and the version of this library, of which they use more.
+    """
+    sources = [version("lightning-hift")]
+    for part in kind.__mro__:
+        if not issubclass(part, base):
+            continue
+        for place in (sys.modules[part.__module__], part):
+            try:
+                sources.append(inspect.getsource(place))
+                break
+            except (OSError, TypeError):
+                pass
+    return sources
 
 
 def fingerprint(value: Any) -> str:

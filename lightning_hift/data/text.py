@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_hift.data.bad_rows import OnBadRow
 from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
-from lightning_hift.data.encoding import encode_table, fingerprint
+from lightning_hift.data.encoding import encode_table, fingerprint, source_of
 from lightning_hift.data.tables import PLACE, FileFormat, read_files, read_hub, without_bad_rows
 from lightning_hift.data.tokenizer import fingerprint_of, load_tokenizer
 
@@ -321,7 +321,8 @@ class TextDataModule(pl.LightningDataModule):
 
     def _encode(self, split: Split) -> Any:
         table = self.table(split)
-        key = fingerprint([table._fingerprint, self._options(split)])
+        source = source_of(type(self), TextDataModule)  # tokens of an encode that was changed since are no use
+        key = fingerprint([table._fingerprint, self._options(split), source])
         encoded = encode_table(table, lambda row: self.encode(row, split), key, f"Encoding {split}")
         examples = without_bad_rows(encoded, self.on_bad_row)
         if len(examples) == 0:
