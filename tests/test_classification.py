@@ -13,14 +13,16 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from transformers import AutoTokenizer
 
 from lightning_hift import HiFTCallback
 from lightning_hift.cli import main
 from lightning_hift.data import ClassificationDataModule
 from lightning_hift.tasks import SequenceClassification
+from lightning_hift.tasks.export import read_tokenizer_files
 from lightning_hift.tasks.network import NetworkSource, build_network
 from lightning_hift.tasks.weight_decay import decay_groups
-from tests.text_models import save_network, save_tokenizer
+from tests.text_models import WORDS, save_network, save_tokenizer
 
 pytest.importorskip("datasets")
 
@@ -182,6 +184,20 @@ def test_reviews_are_learnt(folder: Path, tmp_path: Path, options: dict[str, Any
     records = [record for batch in trainer().predict(task, reviews(tmp_path)) for record in batch]  # type: ignore[union-attr]
     assert [record["label"] for record in records] == ["bad"] * 4 + ["good"] * 4
     assert all(0.5 < record["probability"] <= 1 for record in records)
+
+
+def test_a_data_module_takes_the_tokenizer_of_each_module_that_it_serves(tmp_path: Path) -> None:
+    data = reviews(tmp_path)
+    seen = []
+    for name, words in (("one", WORDS), ("other", WORDS[::-1])):
+        module = SequenceClassification(model=str(save_network(tmp_path / name)), optimizer=adam)
+        save_tokenizer(tmp_path / name, words)
+        trainer(max_steps=1).fit(module, data)
+        seen.append(data.examples["train"]["input_ids"][0])
+        assert module.tokenizer_files == read_tokenizer_files(AutoTokenizer.from_pretrained(tmp_path / name))
+        trainer().test(module, data, verbose=False)
+        assert data.examples["train"]["input_ids"][0] == seen[-1]
+    assert seen[0] != seen[1]
 
 
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.text_models import SPECIAL, WORDS, save_network, save_tokenizer
 
 pytest.importorskip("datasets")
 
+HEADS = {"masked": "AutoModelForMaskedLM", "causal": "AutoModelForCausalLM"}
 LABELS = {"neg": "awful", "pos": "great"}
 IDS = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 MASKED = "{text} was {blank} film"
@@ -31,9 +32,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def prompts(tmp_path: Path, rows: list[dict[str, Any]] | None = None, **options: Any) -> PromptDataModule:
     if not (tmp_path / "tokenizer").exists():
         save_tokenizer(tmp_path / "tokenizer")
-    many = [
-        {"text": f"the {word} plot", "label": label} for label in LABELS for word in (label[0], "it", "red", "blue")
-    ]
     many = [
         {"text": f"{mood} {noun}", "label": label}
         for label, mood in (("neg", "poor"), ("pos", "fine"))
@@ -101,6 +99,19 @@ def test_blanks_are_learnt(tmp_path: Path, masked: bool) -> None:
     assert fitted.callback_metrics["val_accuracy"] == 1
     records = [record for batch in trainer().predict(task, data) for record in batch]  # type: ignore[union-attr]
     assert [record["label"] for record in records] == ["neg"] * len(WORDS) + ["pos"] * len(WORDS)
+
+
+def test_the_blank_is_that_of_each_module_in_turn(tmp_path: Path) -> None:
+    data = prompts(tmp_path, template=CAUSAL, max_length=16)
+    positions = []
+    for model_type, head in (("bert", "masked"), ("gpt2", "causal")):
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32} if head == "causal" else {}
+        save_network(tmp_path / head, HEADS[head], model_type, **sizes)
+        module = PromptClassification(model=str(tmp_path / head), head=head)
+        trainer(max_steps=1).fit(module, data)
+        row = data.examples["train"][0]
+        positions.append(row["input_ids"][row["blank_position"]] == IDS["[MASK]"])
+    assert positions == [True, False]
 
 
 def test_texts_give_way_and_the_blank_stays(tmp_path: Path) -> None:

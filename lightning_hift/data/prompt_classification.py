@@ -70,6 +70,7 @@ class PromptDataModule(ClassificationDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self._forget_other_modules()
         if self.is_masked and self.tokenizer.mask_token is None:
             raise ValueError("Got a tokenizer without a mask token for a masked language model. Use the model's own.")
         if not self.is_masked and not self.template.rstrip().endswith(f"{{{BLANK}}}"):

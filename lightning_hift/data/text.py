@@ -128,6 +128,7 @@ class TextDataModule(pl.LightningDataModule):
         self.seed = seed
         self.examples: dict[str, Any] = {}  # encoded, by split
         self._tables: dict[str, Any] = {}
+        self._encoded_for: Any = None  # the module whose tokenizer and limits were asked for
 
     # --- for subclasses -----------------------------------------------------------------------------------------------
 
@@ -216,6 +217,7 @@ class TextDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self._forget_other_modules()
         for split in _STAGES[stage]:
             if split not in self.examples and (split == "train" or self._has(split)):
                 self.examples[split] = self._encode(split)
@@ -263,6 +265,14 @@ class TextDataModule(pl.LightningDataModule):
     @property
     def _module(self) -> Any:
         return None if self.trainer is None else self.trainer.lightning_module
+
+    def _forget_other_modules(self) -> None:
+        """Drop what followed from another module, such as its tokenizer and tokens by it."""
+        if self._encoded_for is not None and self._module not in (None, self._encoded_for):
+            self.examples.clear()
+            for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
+                delattr(self, name)
+        self._encoded_for = self._module or self._encoded_for
 
     def _has(self, split: Split) -> bool:
         if split == "validation" and self.validation_fraction is not None:
