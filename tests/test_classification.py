@@ -265,6 +265,16 @@ def test_other_architectures(tmp_path: Path, model_type: str, sizes: dict[str, A
         assert task.network.config.pad_token_id == 3  # type: ignore[union-attr]
 
 
+def test_a_text_ends_where_the_padding_of_the_tokenizer_begins(tmp_path: Path) -> None:
+    folder = save_network(tmp_path / "llama", HEAD, "llama", num_key_value_heads=2, pad_token_id=0)
+    save_tokenizer(folder, pad_token=None, eos_token="[SEP]")
+    task = SequenceClassification(model=str(folder))
+    together = trainer().predict(task, reviews(tmp_path, batch_size=8))
+    alone = trainer().predict(task, reviews(tmp_path, batch_size=1))
+    records = [[row["probability"] for batch in found for row in batch] for found in (together, alone)]  # type: ignore[union-attr]
+    assert records[0] == pytest.approx(records[1], abs=1e-6)
+
+
 def test_an_adapter_trains_itself_and_the_head(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     task = SequenceClassification(model=str(folder), adapter={"peft_type": "LORA", "r": 2}, optimizer=adam)

@@ -221,6 +221,17 @@ def test_a_thousand_empty_rows_are_passed_over(tmp_path: Path, before: bool) -> 
     assert len(stream(data)) == 2
 
 
+def test_an_end_that_pads_is_learnt_from_what_follows_it(folder: Path) -> None:
+    word_tokenizer(WORDS, folder / "tokenizer", pad_token=None)
+    module = CausalLM(model_type="llama", model_config=SMALL, optimizer=adam)
+    data = pretraining(folder, contamination="allow")
+    quiet_trainer(max_steps=2).fit(module, data)
+    embedding = module.network.get_input_embeddings().weight  # type: ignore[union-attr, operator]
+    assert data.tokenizer.pad_token_id == data.tokenizer.eos_token_id == 1
+    assert module.network.config.pad_token_id == 1  # type: ignore[union-attr]
+    assert (embedding[1] != 0).all()
+
+
 def test_blocks_hold_all_tokens_in_order_with_an_end_behind_each_document(folder: Path) -> None:
     data = pretraining(folder, validation_fraction=0.2)
     data.setup("fit")

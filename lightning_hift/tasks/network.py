@@ -150,6 +150,21 @@ def build_network(source: NetworkSource, auto_class: str, **fields: Any) -> nn.M
     return network.train()  # loaded ones come in evaluation mode, in which Lightning would leave them
 
 
+def position_embeddings(network: nn.Module) -> list[nn.Embedding]:
+    """Learnt embeddings of positions. Those with a ``padding_idx`` count from the token behind it."""
+    return [part for name, part in network.named_modules() if isinstance(part, nn.Embedding) and "position" in name]
+
+
+def tell_padding(network: nn.Module, pad_token_id: int) -> None:
+    """Put the padding of batches into the configuration, by which a classifier on a decoder finds where a text ends.
+
+    Not before the network is built: its embedding would not learn that token, which may be the end of a sequence, too.
+    """
+    config = network.config.get_text_config()  # type: ignore[union-attr, operator]
+    if not any(part.padding_idx is not None for part in position_embeddings(network)):
+        config.pad_token_id = pad_token_id
+
+
 def peft_task_type(auto_class: str) -> str | None:
     """peft's word for the task, by which it knows which head stays trainable."""
     return _HEADS[auto_class][2]

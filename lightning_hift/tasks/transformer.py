@@ -22,7 +22,15 @@ from typing_extensions import override
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
-from lightning_hift.tasks.network import DType, NetworkSource, build_network, peft_task_type, read_config
+from lightning_hift.tasks.network import (
+    DType,
+    NetworkSource,
+    build_network,
+    peft_task_type,
+    position_embeddings,
+    read_config,
+    tell_padding,
+)
 from lightning_hift.tasks.weight_decay import decay_groups
 from lightning_hift.training_speed import TrainingSpeed
 
@@ -133,10 +141,9 @@ class TransformerModule(HiFTModule):
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
         with torch.device("meta"):
             network = build_network(self.source, self.head)
-        for name, part in network.named_modules():
-            # Some models count positions from the padding token on.
-            if isinstance(part, nn.Embedding) and "position" in name and limit == part.num_embeddings:
-                return int(limit) - (0 if part.padding_idx is None else part.padding_idx + 1)
+        for part in position_embeddings(network):
+            if limit == part.num_embeddings and part.padding_idx is not None:
+                return int(limit) - part.padding_idx - 1
         return None if limit is None else int(limit)
 
     def config_fields(self) -> dict[str, Any]:
@@ -161,6 +168,8 @@ class TransformerModule(HiFTModule):
         if self.network is not None:
             return
         network = build_network(self.source, self.head, **self._fields_of_tokens(), **self.config_fields())
+        if self._tokenizer is not None:
+            tell_padding(network, self._tokenizer.pad_token_id)
         if self.adapter is not None:
             network = self._adapted(network, self.adapter)
         self.network = network
@@ -287,7 +296,7 @@ class TransformerModule(HiFTModule):
     @property
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the data module's tokenizer; empty where there is none."""
-        return read_tokenizer_files(getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None))
+        return read_tokenizer_files(self._tokenizer)
 
     @property
     def num_training_steps(self) -> int:
@@ -315,6 +324,11 @@ class TransformerModule(HiFTModule):
             )
         return int(steps)
 
+    @property
+    def _tokenizer(self) -> Any:
+        """That of the data module, or ``None``."""
+        return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+
     def _adapted(self, network: nn.Module, adapter: dict[str, Any]) -> nn.Module:
         spreads_ranks = adapter.get("peft_type") == "ADALORA"
         if spreads_ranks and "total_step" not in adapter and self._trainer is not None:
@@ -325,23 +339,19 @@ class TransformerModule(HiFTModule):
         return network
 
     def _fields_of_tokens(self) -> dict[str, Any]:
-        """What the data module's tokenizer says about padding, and about the vocabulary of a network to be made."""
-        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None:
+        """The vocabulary of a network to be made, if the data module's tokenizer needs more."""
+        if self._tokenizer is None:
             return {}
-        fields: dict[str, Any] = {}
-        if getattr(self.config, "pad_token_id", None) is None:
-            fields["pad_token_id"] = tokenizer.pad_token_id
-        needed, there = len(tokenizer), getattr(self.config, "vocab_size", None)
-        if there is not None and needed > there:
-            is_free = self.source.model is None or self.source.random_weights
-            if not is_free or "vocab_size" in self.source.model_config:
-                raise ValueError(
-                    f"Got a tokenizer of {needed} tokens for a network of {there}. Use the network's own tokenizer, or"
-                    " random_weights."
-                )
-            fields["vocab_size"] = needed
-        return fields
+        needed, there = len(self._tokenizer), getattr(self.config, "vocab_size", None)
+        if there is None or needed <= there:
+            return {}
+        is_free = self.source.model is None or self.source.random_weights
+        if not is_free or "vocab_size" in self.source.model_config:
+            raise ValueError(
+                f"Got a tokenizer of {needed} tokens for a network of {there}. Use the network's own tokenizer, or"
+                " random_weights."
+            )
+        return {"vocab_size": needed}
 
     def _reset_metrics(self, stage: str) -> None:
         # At the start, not at the end: the sums of a test are inference tensors, which a fit could not go on with.
