@@ -307,6 +307,14 @@ def test_batches_of_bad_rows_only(tmp_path: Path, first: str) -> None:
     assert data.examples["train"]["labels"][:] == [1] * 1100
 
 
+def test_a_number_that_is_no_name_among_numbers(tmp_path: Path) -> None:
+    stars = [{"text": "good film", "label": star} for star in ("1", "2", "3")]
+    files = {"validation": jsonl(tmp_path / "v.jsonl", [*stars, {"text": "bad film", "label": "0"}])}
+    data = module(tmp_path, stars, files={"train": jsonl(tmp_path / "t.jsonl", stars), **files})
+    with pytest.raises(ValueError, match=r"v.jsonl:4: column 'label': got '0'; it must be one of 1, 2, 3"):
+        data.setup("fit")
+
+
 def test_numbers_to_predict(tmp_path: Path) -> None:
     rows = [{"text": "good", "label": 1.5}, {"text": "bad", "label": -2}]
     (batch,) = module(tmp_path, rows, regression=True, batch_size=2).train_dataloader()

@@ -24,8 +24,8 @@ class ClassificationDataModule(TextDataModule):
         text: Column of the text.
         text_pair: Column of a second text.
         label: Column of the label; rows to predict need none.
-        label_names: Classes in the order of their indices; a label is one of these names, or an index written as a
-            number. Default: what the data set declares, or the labels found in training, sorted.
+        label_names: Classes in the order of their indices; a label is one of these names, or, unless names are
+            numbers, an index. Default: what the data set declares, or the labels found in training, sorted.
         regression: The label is a number.
         shots_per_class: Train on so many rows of each class only, drawn by ``seed``: few-shot learning.
         kwargs: See ``TextDataModule``.
@@ -134,12 +134,15 @@ class ClassificationDataModule(TextDataModule):
 def label_index(value: Any, names: Sequence[str], column: str) -> int:
     """The index of a label that is a name, or an index itself, perhaps written as a number.
 
+    Where names are numbers themselves, a number is a name.
+
     Raises:
         BadRow: It is neither.
     """
     if str(value) in names:
         return names.index(str(value))
-    index = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else -1
+    is_index = isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
+    index = int(value) if is_index and not any(name.isdecimal() for name in names) else -1
     if not 0 <= index < len(names):
         raise BadRow(column, f"got {value!r}; it must be one of {', '.join(names)}")
     return index

@@ -62,7 +62,6 @@ def fingerprint_of(tokenizer: Any) -> str:
         inner = json.dumps(state, sort_keys=True)
     else:
         inner = repr(sorted(tokenizer.get_vocab().items()))
-    outside = (tokenizer.special_tokens_map, tokenizer.chat_template)
-    outside += (tokenizer.truncation_side, tokenizer.model_input_names)
-    described = (type(tokenizer).__name__, inner, *outside)
+    outside = (tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.truncation_side)
+    described = (type(tokenizer).__name__, inner, *outside, tokenizer.model_input_names)
     return hashlib.sha256(repr(described).encode()).hexdigest()
