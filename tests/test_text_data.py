@@ -62,6 +62,7 @@ def read(path: Path, **options: Any) -> list[dict[str, Any]]:
         ),
         ("a.csv", "1;x\n", {"columns": ["a", "b"], "delimiter": ";"}, [{"a": "1", "b": "x"}]),
         ("a.tsv", 'a\tb\n1\t"unbalanced\n2\ty\n', {}, [{"a": "1", "b": '"unbalanced'}, {"a": "2", "b": "y"}]),
+        ("a.csv", f"a\n{'x' * 200_000}\n", {}, [{"a": "x" * 200_000}]),
         ("a.tsv.gz", "a\tb\n1\tx\n", {}, [{"a": "1", "b": "x"}]),
         ("a.jsonl", '{"a": 1}\n\n{"a": 2, "b": ["x"]}\n', {}, [{"a": 1, "b": None}, {"a": 2, "b": ["x"]}]),
         ("a.json", '{"data": {"rows": [{"a": 1.5}, {"a": 2}]}}', {"records": "data.rows"}, [{"a": 1.5}, {"a": 2.0}]),
@@ -86,6 +87,8 @@ def test_parquet(tmp_path: Path) -> None:
     [
         ("a.csv", "a,b\n1,2\n1,2,3\n", {}, r"a.csv:3: it has 3 fields, not 2 \(a, b\)"),
         ("a.csv", 'a,b\n1,"two\nlines"\nx\n', {}, r"a.csv:4: it has 1 fields"),
+        ("a.csv", 'a,b\n1,2\n3,"four\n5,six\n', {}, r"a.csv:3: up to line 4: unexpected end of data; a quote inside"),
+        ("a.csv", 'a,b\n1,2\n3,"x"y"\n', {}, r"a.csv:3: up to line 3: ',' expected after '\"'; a quote inside"),
         ("a.jsonl", '{"a": 1}\n{"a": 1,}\n', {}, r"a.jsonl:2: column 9: "),
         ("a.jsonl", '{"a": 1}\n[1]\n', {}, r"a.jsonl:2: it is a list, not an object"),
         ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', {}, r"a.jsonl:2: column 'a' holds a str"),

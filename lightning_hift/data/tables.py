@@ -19,7 +19,8 @@ from lightning_hift.data.bad_rows import OnBadRow, settle
 PLACE, FAULT = "__place__", "__fault__"
 """Columns of every table: ``file:line`` of the row, and why it cannot be used, or nothing."""
 
-_VERSION = 1  # of the reader; another one reads cached files again
+_VERSION = 2  # of the reader; another one reads cached files again
+_MOST_CHARACTERS = 2**31 - 1  # of a field, where the csv module would allow 131,072
 
 
 @dataclass(frozen=True)
@@ -200,20 +201,33 @@ def _read_separated(path: Path, file_format: FileFormat) -> Iterator[Row]:
             delimiter=file_format.delimiter or ("," if is_csv else "\t"),
             quotechar=quote or None,
             quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+            strict=True,  # or all that follows a quote that is not closed would be one field
         )
         columns = list(file_format.columns) if file_format.columns is not None else next(reader, None)
         if columns is None:
             raise ValueError(f"{path} is empty: it has no header. Give columns if it needs none.")
-        start = reader.line_num + 1
-        for fields in reader:
-            line, start = start, reader.line_num + 1
-            if not fields:
-                continue
-            fault = ""
+        for line, fields, fault in _fields(reader):
             if len(fields) != len(columns):
-                fault = f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
+                fault = fault or f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
                 fields = (fields + [""] * len(columns))[: len(columns)]
             yield line, dict(zip(columns, fields, strict=True)), fault
+
+
+def _fields(reader: Any) -> Iterator[tuple[int, list[str], str]]:
+    """Line, fields and fault of each record that a ``csv.reader`` finds."""
+    while True:
+        line, limit = reader.line_num + 1, csv.field_size_limit(_MOST_CHARACTERS)
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, [], f"up to line {reader.line_num}: {error}; a quote inside quotes is written twice"
+            continue
+        finally:
+            csv.field_size_limit(limit)  # of the process
+        if fields:
+            yield line, fields, ""
 
 
 def _read_lines(path: Path, file_format: FileFormat) -> Iterator[Row]:
