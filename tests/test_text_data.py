@@ -123,6 +123,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, options
         read(write(tmp_path / name, text), **options)
 
 
+def test_numbers_of_which_the_first_thousand_are_whole(tmp_path: Path) -> None:
+    rows = [{"a": 1}] * 1100 + [{"a": 0.5}]
+    assert read(write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))) == rows
+
+
 def test_a_missing_file_and_an_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv, which does not exist. Paths are relative to"):
         read(tmp_path / "nowhere.csv")

@@ -70,6 +70,7 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
     from datasets import Dataset
     from datasets.arrow_writer import SchemaInferenceError
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     for path in paths:
         if not path.is_file():
@@ -95,9 +96,10 @@ def read_files(paths: Sequence[Path], file_format: FileFormat, cache: Path | Non
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, SchemaInferenceError):  # not a single row
             return Dataset.from_dict({PLACE: [], FAULT: []})
-        if not isinstance(error.__cause__, TypeError):
+        if not isinstance(error.__cause__, (TypeError, ArrowInvalid)):
             raise error.__cause__ or error from error
-    return load(_features(_rows(**arguments)))  # a column, or its lists, are empty in the first thousand rows
+    # In the first thousand rows, a column or its lists are empty, or its numbers are whole.
+    return load(_features(_rows(**arguments)))
 
 
 def read_hub(name: str, config_name: str | None, split: str, revision: str | None, cache: Path | None = None) -> Any:
