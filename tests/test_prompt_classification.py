@@ -14,6 +14,7 @@ from lightning_hift import HiFTCallback
 from lightning_hift.data import PromptDataModule
 from lightning_hift.tasks import PromptClassification
 from tests.text_models import SPECIAL, WORDS, save_network, save_tokenizer
+from tests.tiny_texts import SMALL
 
 pytest.importorskip("datasets")
 
@@ -112,6 +113,27 @@ def test_the_blank_is_that_of_each_module_in_turn(tmp_path: Path) -> None:
         row = data.examples["train"][0]
         positions.append(row["input_ids"][row["blank_position"]] == IDS["[MASK]"])
     assert positions == [True, False]
+
+
+def test_a_text_with_a_blank_of_its_own(tmp_path: Path) -> None:
+    rows = [{"text": "good [MASK] film", "label": "pos"}]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: column 'text': got '\[MASK\]' in it, which is how the blank"):
+        prompts(tmp_path, rows).setup("fit")
+
+
+def test_the_blank_is_behind_the_tokens_of_a_prompt_adapter() -> None:
+    pytest.importorskip("peft")
+    adapter = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    module = PromptClassification(
+        head="causal", word_ids=[4, 5], model_type="llama", model_config=SMALL, adapter=adapter
+    )
+    module.configure_model()
+    batch = {"input_ids": torch.tensor([[6, 7, 8]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with torch.no_grad():
+        logits = module.eval()(batch).logits
+        scores = module.scores({**batch, "blank_position": torch.tensor([2])})
+    assert logits.shape[1] == 6
+    torch.testing.assert_close(scores, logits[:, -1, [4, 5]], rtol=0, atol=0)
 
 
 def test_texts_give_way_and_the_blank_stays(tmp_path: Path) -> None:

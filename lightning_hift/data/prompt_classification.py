@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_hift.data.bad_rows import BadRow
 from lightning_hift.data.classification import ClassificationDataModule, text_in
 from lightning_hift.data.text import TRUNCATED, Split
 
@@ -88,6 +89,9 @@ class PromptDataModule(ClassificationDataModule):
     @override
     def encode(self, row: Mapping[str, Any], split: Split) -> list[dict[str, Any]]:
         texts = {column: text_in(row, column) for column in self.columns}
+        for column, text in texts.items():
+            if self.is_masked and self.tokenizer.mask_token in text:
+                raise BadRow(column, f"got {self.tokenizer.mask_token!r} in it, which is how the blank is written")
         encoded = self._render(texts)
         is_long = len(encoded["input_ids"]) > self.max_length
         while (excess := len(encoded["input_ids"]) - self.max_length) > 0:

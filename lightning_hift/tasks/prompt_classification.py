@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.sequence_classification import class_metrics
 from lightning_hift.tasks.transformer import TransformerModule
 
@@ -53,7 +54,7 @@ class PromptClassification(TransformerModule):
     def scores(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits of the labels' words in the blank, shape (batch, labels)."""
         inputs = {name: value for name, value in batch.items() if name not in ("blank_position", "labels")}
-        logits = self(inputs).logits
+        logits = of_own_tokens(self(inputs).logits, batch["input_ids"])
         rows = torch.arange(len(logits), device=logits.device)
         chosen: Tensor = logits[rows, batch["blank_position"]][:, self._words()]
         return chosen.float()
