@@ -525,6 +525,14 @@ def test_other_architectures_work(tmp_path: Path, tokenizer: str, model_type: st
     assert len((trainer().predict(module, toy(tmp_path, tokenizer, max_length=32)) or [[]])[0]) == 16
 
 
+def test_without_answers_only_the_loss_is_logged() -> None:
+    batch = {"input_ids": torch.randint(20, (2, 8)), "start_positions": torch.tensor([1, 2])}
+    loader = torch.utils.data.DataLoader([{**batch, "end_positions": torch.tensor([2, 3])}], batch_size=None)
+    module = tiny(model_type="bert", model_config={**TINY, "vocab_size": 20})
+    (logged,) = trainer().validate(module, loader, verbose=False)
+    assert list(logged) == ["val_loss"]
+
+
 def test_module_works_without_the_data_module() -> None:
     module = tiny(model_config={**TINY, "vocab_size": 20})
     module.configure_model()

@@ -186,12 +186,6 @@ class ConditionalGeneration(TransformerModule):
         super().on_test_epoch_start()
         self._num_generated = 0
 
-    @override
-    def _log_metrics(self, stage: str) -> None:
-        # All processes have to agree on whether there is something to gather.
-        if self.trainer.strategy.reduce_boolean_decision(self._num_generated > 0, all=False):
-            super()._log_metrics(stage)
-
     def _generates(self, stage: str) -> bool:
         if stage == "test" or self.trainer.state.fn != TrainerFn.FITTING:
             return True

@@ -362,6 +362,10 @@ class TransformerModule(HiFTModule):
         if stage in self.metrics:
             collection = self.metrics[stage]
             assert isinstance(collection, MetricCollection)
+            # All processes have to agree on whether there is something to gather.
+            is_updated = any(metric.update_called for metric in collection.values())
+            if not self.trainer.strategy.reduce_boolean_decision(is_updated, all=False):
+                return
             self.log_dict({name: value.float() for name, value in collection.compute().items()}, prog_bar=True)
 
 
