@@ -351,6 +351,14 @@ def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) ->
         module(tmp_path, **options).train_dataloader()
 
 
+@pytest.mark.parametrize(("split", "source"), [("predict", "test"), ("validation", "train")])
+def test_a_split_that_is_read_for_another_is_named(tmp_path: Path, split: Any, source: str) -> None:
+    files = {name: jsonl(tmp_path / f"{name}.jsonl", ROWS) for name in ("train", "test")}
+    data = module(tmp_path, files=files, text="sentence", validation_fraction=0.5)
+    with pytest.raises(ValueError, match=f"Got text='sentence', but .*{source}.jsonl has no such column"):
+        data.table(split)
+
+
 def test_an_empty_split(tmp_path: Path) -> None:
     files = {"train": str(write(tmp_path / "empty.csv", "text,label\n"))}
     with pytest.raises(ValueError, match=r"The split 'train' is empty: .*empty.csv"):

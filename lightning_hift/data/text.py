@@ -44,7 +44,8 @@ class TextDataModule(pl.LightningDataModule):
         dataset: Name of a data set on the hub, or a local folder that ``datasets`` can load.
         config_name: Configuration of ``dataset``, such as ``"sst2"`` of ``"nyu-mll/glue"``.
         splits: Which split of ``dataset`` is ``train``, ``validation``, ``test`` and ``predict``, with slices as in
-            ``"train[:80%]"``; default: those of the same name.
+            ``"train[:80%]"``; default: those of the same name. Where some are named, a fit only
+            validates on a named ``validation``.
         files: Instead of ``dataset``: local files by ``train``, ``validation``, ``test`` and ``predict``; one path or a
             list. csv, tsv, jsonl, json, parquet, txt and conll, also with .gz behind.
         file_format: How the files are written.
@@ -277,20 +278,31 @@ class TextDataModule(pl.LightningDataModule):
     def _has(self, split: Split) -> bool:
         if split == "validation" and self.validation_fraction is not None:
             return True
-        return split in (self.files or self.splits) or (self.files is None and not self.splits)
+        return split in self._named or (self.files is None and not self.splits)
 
-    def _origin(self, split: str) -> str:
+    def _source(self, split: Split) -> Split:
+        """The split whose rows are read for ``split``."""
+        if split == "predict" and split not in self._named:
+            return "test"
+        return "train" if split == "validation" and self._is_held_out else split
+
+    @property
+    def _is_held_out(self) -> bool:
+        """Whether validation rows are training rows."""
+        return self.validation_fraction is not None and "validation" not in self._named
+
+    @property
+    def _named(self) -> Mapping[str, Any]:
+        return self.files if self.files is not None else self.splits
+
+    def _origin(self, split: Split) -> str:
+        source = self._source(split)
         return (
-            str(self.files.get(split)) if self.files is not None else f"{self.dataset} {self.splits.get(split, split)}"
+            str(self.files[source]) if self.files is not None else f"{self.dataset} {self.splits.get(source, source)}"
         )
 
     def _read(self, split: Split) -> Any:
-        known = self.files if self.files is not None else self.splits
-        source = split
-        if split == "predict" and split not in known:
-            source = "test"
-        elif split == "validation" and split not in known and self.validation_fraction is not None:
-            source = "train"
+        source = self._source(split)
         if self.files is None:
             assert self.dataset is not None
             name = self.splits.get(source, source)
@@ -305,9 +317,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def select(self, split: Split, table: Any) -> Any:
         """The rows of a split that are used, of a ``datasets.Dataset`` of all that were read for it."""
-        known = self.files if self.files is not None else self.splits
-        shared = self.validation_fraction is not None and "validation" not in known
-        if shared and split in ("train", "validation"):
+        if self._is_held_out and split in ("train", "validation"):
             order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed)).tolist()
             held_out = max(1, round(len(table) * (self.validation_fraction or 0)))
             table = table.select(sorted(order[:held_out] if split == "validation" else order[held_out:]))
