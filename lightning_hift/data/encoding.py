@@ -70,6 +70,12 @@ def _examples(row: Mapping[str, Any], encode: Encoder) -> list[dict[str, Any]]:
         return [{PLACE: row[PLACE], FAULT: str(fault)}]
 
 
+def lengths_of(examples: Any) -> list[int]:
+    """Tokens of each example of a ``datasets.Dataset``; none of them becomes a Python object."""
+    chunks = examples.with_format("arrow")[:].column("input_ids").chunks
+    return [length for chunk in chunks for length in chunk.value_lengths().to_pylist()]
+
+
 def source_of(kind: type, base: type) -> list[str]:
     """What a class and its parents down from ``base`` are written as: their files (in a notebook, their own lines),
     and the version of this library, of which they use more.

@@ -13,6 +13,7 @@ from lightning_hift.data.bad_rows import BadRow
 from lightning_hift.data.batches import ShuffledExamples
 from lightning_hift.data.chat import ANSWER_ROLE, PLAIN_INPUT, ChatEncoder, read_messages
 from lightning_hift.data.classification import text_in
+from lightning_hift.data.encoding import lengths_of
 from lightning_hift.data.packing import Contamination, PackedExamples, first_fit_decreasing, join_documents
 from lightning_hift.data.pretraining import check_contamination
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
@@ -143,7 +144,7 @@ class InstructionDataModule(TextDataModule):
             return super().train_dataloader()
         self.setup("fit")
         examples = self.examples["train"]
-        rows = first_fit_decreasing([len(ids) for ids in examples["input_ids"]], self.max_length, self.seed)
+        rows = first_fit_decreasing(lengths_of(examples), self.max_length, self.seed)
         packed: Any = PackedExamples(examples, rows)
         fingerprint = {**self.data_fingerprint(), "packing": True}
         return ShuffledExamples(packed, None, self.batch_size, self.seed, self.collate, fingerprint)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_hift.data.bad_rows import OnBadRow
 from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
-from lightning_hift.data.encoding import encode_table, fingerprint, source_of
+from lightning_hift.data.encoding import encode_table, fingerprint, lengths_of, source_of
 from lightning_hift.data.tables import PLACE, FileFormat, read_files, read_hub, without_bad_rows
 from lightning_hift.data.tokenizer import fingerprint_of, load_tokenizer
 
@@ -162,8 +162,10 @@ class TextDataModule(pl.LightningDataModule):
 
     def data_fingerprint(self) -> dict[str, Any]:
         """What the training examples are, whatever file they came from: a saved place in them means nothing else."""
-        lengths = [len(ids) for ids in self.examples["train"]["input_ids"]]
-        return {"lengths": fingerprint(lengths), "encoding": fingerprint(self._options("train"))}
+        return {
+            "lengths": fingerprint(lengths_of(self.examples["train"])),
+            "encoding": fingerprint(self._options("train")),
+        }
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class TextDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ShuffledExamples:
         self.setup("fit")
         examples = self.examples["train"]
-        lengths = [len(ids) for ids in examples["input_ids"]] if self.bucket_by_length else None
+        lengths = lengths_of(examples) if self.bucket_by_length else None
         return ShuffledExamples(examples, lengths, self.batch_size, self.seed, self.collate, self.data_fingerprint())
 
     @override
