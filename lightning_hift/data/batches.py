@@ -9,6 +9,9 @@ import torch
 
 from lightning_hift.data.python_source import stable_hash
 
+NO_LABEL = -100
+"""In the place of a label: nothing to learn, as in torch and transformers."""
+
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 _BATCHES_PER_BUCKET = 50

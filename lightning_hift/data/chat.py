@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hift.data.bad_rows import BadRow
+from lightning_hift.data.tokenizer import need_offsets
 
 ANSWER_ROLE = "assistant"
 
@@ -47,11 +48,6 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"Got {type(tokenizer).__name__}, which does not say where in a text its tokens are, so that answers"
-                " cannot be told from the rest. Use a fast tokenizer (with a tokenizer.json)."
-            )
         if template is not None and template.endswith(".jinja"):
             if not Path(template).is_file():
                 raise FileNotFoundError(f"Got chat_template={template!r}, which does not exist in {Path.cwd()}.")
@@ -64,7 +60,7 @@ class ChatEncoder:
                 "Got a tokenizer without chat template and without an end-of-sequence token, so nothing tells where an"
                 " answer ends. Set eos_token in its tokenizer_config.json, or give a chat_template."
             )
-        self._tokenizer = tokenizer
+        self._tokenizer = need_offsets(tokenizer)
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and of each whether it belongs to an answer.

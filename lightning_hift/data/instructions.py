@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
-from lightning_hift.data.batches import ShuffledExamples
+from lightning_hift.data.batches import NO_LABEL, ShuffledExamples
 from lightning_hift.data.chat import ANSWER_ROLE, PLAIN_INPUT, ChatEncoder, read_messages
 from lightning_hift.data.classification import text_in
 from lightning_hift.data.encoding import lengths_of
@@ -20,8 +20,6 @@ from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
 
 ANSWER_CUT = "__answer_cut__"
 """Column of encoded examples: whether a part of an answer was cut off."""
-
-_NO_LABEL = -100
 
 
 class InstructionDataModule(TextDataModule):
@@ -99,7 +97,7 @@ class InstructionDataModule(TextDataModule):
                 f"the answer begins after {is_answer.index(True)} tokens, so that max_length={self.max_length} leaves"
                 " nothing of it",
             )
-        labels = [token if learned else _NO_LABEL for token, learned in zip(tokens, is_answer, strict=True)]
+        labels = [token if learned else NO_LABEL for token, learned in zip(tokens, is_answer, strict=True)]
         return [
             {
                 "input_ids": tokens[: self.max_length],

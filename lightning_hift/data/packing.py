@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_hift.data.batches import NO_LABEL
 from lightning_hift.data.python_source import stable_hash
 
 Contamination = Literal["refuse", "allow"]
 
-_NO_LABEL = -100
 _WINDOW = 1024
 
 
@@ -91,7 +91,7 @@ def join_documents(
     """
     width = max(sum(len(document["input_ids"]) for document in row) for row in rows)
     tokens = torch.full((len(rows), width), pad_token_id)
-    labels = torch.full((len(rows), width), _NO_LABEL)
+    labels = torch.full((len(rows), width), NO_LABEL)
     positions = torch.empty(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         start = 0
@@ -102,7 +102,7 @@ def join_documents(
             labels[i, start:stop] = torch.as_tensor(document.get("labels", ids))
             positions[i, start:stop] = torch.arange(len(ids))
             if contamination == "refuse":
-                labels[i, start] = _NO_LABEL
+                labels[i, start] = NO_LABEL
             start = stop
         positions[i, start:] = torch.arange(width - start)
     batch = {"input_ids": tokens, "labels": labels}

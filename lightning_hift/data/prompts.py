@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hift.data.batches import NO_LABEL
 from lightning_hift.data.pretraining import with_end
 from lightning_hift.data.text import TRUNCATED
 
 TARGET_CUT = "__target_cut__"
 """Column of encoded examples: whether the target is not whole."""
-
-_NO_LABEL = -100
 
 
 class PromptEncoder:
@@ -59,7 +58,7 @@ class PromptEncoder:
         prompt, source_cut = self._prompt(source, self._free - len(kept))
         return {
             "input_ids": prompt + kept,
-            "labels": [_NO_LABEL] * len(prompt) + kept,
+            "labels": [NO_LABEL] * len(prompt) + kept,
             TRUNCATED: source_cut,
             TARGET_CUT: len(kept) < len(answer),
         }

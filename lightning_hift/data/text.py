@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import OnBadRow
-from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
+from lightning_hift.data.batches import NO_LABEL, OrderedExamples, ShuffledExamples
 from lightning_hift.data.encoding import encode_table, fingerprint, lengths_of, source_of
 from lightning_hift.data.tables import PLACE, FileFormat, read_files, read_hub, without_bad_rows
 from lightning_hift.data.tokenizer import fingerprint_of, load_tokenizer
@@ -212,7 +212,7 @@ class TextDataModule(pl.LightningDataModule):
         """
         if not isinstance(values[0], (list, tuple)):
             return torch.tensor(values)
-        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}.get(name, 0)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": NO_LABEL}.get(name, 0)
         width = max(map(len, values))
         return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
 

@@ -12,12 +12,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
+from lightning_hift.data.batches import NO_LABEL
 from lightning_hift.data.classification import label_index
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
 from lightning_hift.data.tokenizer import need_offsets
 
 _LOST = "__lost__"  # column: how many tagged words were cut off
-_NO_LABEL = -100
 
 
 class TokenClassificationDataModule(TextDataModule):
@@ -104,7 +104,7 @@ class TokenClassificationDataModule(TextDataModule):
         example = {**encoded, "word_numbers": numbers, "num_words": len(words), TRUNCATED: is_long, _LOST: len(lost)}
         if indices is not None:
             example["labels"] = [
-                indices[word] if word is not None and (number or self.label_all_tokens) else _NO_LABEL
+                indices[word] if word is not None and (number or self.label_all_tokens) else NO_LABEL
                 for word, number in zip(words_of_tokens, numbers, strict=True)
             ]
         return [example]
