@@ -304,6 +304,18 @@ def test_generation_goes_with_an_activation_budget(folder: Path) -> None:
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(alone["val_loss"], rel=1e-6)
 
 
+def test_a_resumed_run_generates_when_a_whole_one_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    monkeypatch.setattr(ConditionalGeneration, "generate", lambda self, _: epochs.append(self.current_epoch) or ["a"])
+    data = data_of(folder, rows_of(MAPPING[0]))
+    first = quiet_trainer(max_epochs=2, num_sanity_val_steps=0)
+    first.fit(module_of(generate_every=3), data)
+    first.save_checkpoint(folder / "first.ckpt")
+    second = quiet_trainer(max_epochs=6, num_sanity_val_steps=0)
+    second.fit(module_of(generate_every=3), data, ckpt_path=folder / "first.ckpt", weights_only=True)
+    assert epochs == [2, 5]
+
+
 def test_what_is_generated_is_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = ConditionalGeneration.generate

@@ -22,6 +22,7 @@ from lightning_hift.tasks.transformer import TransformerModule
 
 _NOT_FOR_THE_NETWORK = ("prompts", "sources", "references")
 _MAX_NEW_TOKENS = 128
+_VALIDATIONS_KEY = "num_validations"
 
 
 class ConditionalGeneration(TransformerModule):
@@ -41,8 +42,8 @@ class ConditionalGeneration(TransformerModule):
             configuration of the network says.
         generation: How to generate, as in transformers' ``GenerationConfig``: ``max_new_tokens`` (default 128),
             ``num_beams``, ``do_sample`` (default ``False``) and so on.
-        generate_every: Generate in each so many-th validation of a run; 0: only in tests. A checkpoint that is chosen
-            by a score needs 1.
+        generate_every: Generate in each so many-th validation of a run, resumed or not; 0: only in tests. A checkpoint
+            that is chosen by a score needs 1.
         max_generated: Generate for so many prompts per evaluation and process at most; default: all.
         tokenizer: Name on the hub or local folder, to read what was generated; default: that of the data module, or of
             ``model``.
@@ -185,6 +186,16 @@ class ConditionalGeneration(TransformerModule):
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
         self._num_generated = 0
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_VALIDATIONS_KEY] = self._num_validations
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._num_validations = checkpoint.get(_VALIDATIONS_KEY, 0)
 
     def _generates(self, stage: str) -> bool:
         if stage == "test" or self.trainer.state.fn != TrainerFn.FITTING:
