@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
-from lightning_hift.data.batches import NO_LABEL, ShuffledExamples
+from lightning_hift.data.batches import NO_LABEL
 from lightning_hift.data.chat import ANSWER_ROLE, PLAIN_INPUT, ChatEncoder, read_messages
 from lightning_hift.data.classification import text_in
 from lightning_hift.data.encoding import lengths_of
@@ -137,15 +137,11 @@ class InstructionDataModule(TextDataModule):
         return {**super().collate(examples), "attention_mask": self.pad("attention_mask", masks)}
 
     @override
-    def train_dataloader(self) -> ShuffledExamples:
-        if not self.packing:
-            return super().train_dataloader()
-        self.setup("fit")
+    def rows(self, split: Split) -> PackedExamples | None:
+        if not self.packing or split != "train":
+            return None
         examples = self.examples["train"]
-        rows = first_fit_decreasing(lengths_of(examples), self.max_length, self.seed)
-        packed: Any = PackedExamples(examples, rows)
-        fingerprint = {**self.data_fingerprint(), "packing": True}
-        return ShuffledExamples(packed, None, self.batch_size, self.seed, self.collate, fingerprint)
+        return PackedExamples(examples, first_fit_decreasing(lengths_of(examples), self.max_length, self.seed))
 
     @override
     def count_cut(self, split: Split, examples: Any) -> None:

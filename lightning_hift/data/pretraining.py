@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
-from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
 from lightning_hift.data.packing import Contamination, TokenBlocks, join_documents
 from lightning_hift.data.tables import PLACE
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
@@ -88,25 +87,12 @@ class PretrainingDataModule(TextDataModule):
         return {**batch, "attention_mask": self.pad("attention_mask", lengths)}
 
     @override
-    def train_dataloader(self) -> ShuffledExamples:
-        if not self.packing:
-            return super().train_dataloader()
-        self.setup("fit")
-        blocks: Any = self.blocks("train")
-        fingerprint = {**self.data_fingerprint(), "packing": True}
-        return ShuffledExamples(blocks, None, self.batch_size, self.seed, self.collate, fingerprint)
+    def rows(self, split: Split) -> TokenBlocks | None:
+        return self.blocks(split) if self.packing else None
 
     def blocks(self, split: Split) -> TokenBlocks:
         """The documents of a split, packed."""
         return TokenBlocks(self.examples[split], self.max_length)
-
-    @override
-    def _ordered(self, split: Split) -> OrderedExamples:
-        found = super()._ordered(split)
-        if not self.packing:
-            return found
-        blocks: Any = self.blocks(split)
-        return OrderedExamples(blocks, self.eval_batch_size, self.collate)
 
     @override
     def _read(self, split: Split) -> Any:

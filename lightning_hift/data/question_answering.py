@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
-from lightning_hift.data.batches import OrderedExamples
 from lightning_hift.data.classification import text_in
 from lightning_hift.data.encoding import ROW
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
@@ -108,18 +107,16 @@ class QuestionAnsweringDataModule(TextDataModule):
         return examples
 
     @override
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def rows(self, split: Split) -> _ByQuestion | None:
+        return _ByQuestion(self.examples[split]) if split == "predict" else None
+
+    @override
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        if isinstance(examples[0], list):
+            examples = [example for of_question in examples for example in of_question]
         strings = {name: [example[name] for example in examples] for name in _STRINGS if name in examples[0]}
         rest = [{name: value for name, value in example.items() if name not in strings} for example in examples]
         return {**super().collate(rest), **strings}
-
-    @override
-    def predict_dataloader(self) -> OrderedExamples:
-        super().predict_dataloader()  # encodes them
-        questions = _ByQuestion(self.examples["predict"])
-        return OrderedExamples(
-            questions, self.eval_batch_size, lambda found: self.collate([row for rows in found for row in rows])
-        )
 
     @override
     def count_cut(self, split: Split, examples: Any) -> None:
@@ -256,7 +253,7 @@ def _hold(features: Sequence[_Feature], start: int, end: int) -> list[tuple[int,
     ]
 
 
-class _ByQuestion(Sequence[list[dict[str, Any]]]):
+class _ByQuestion:
     """Rows that follow each other and are of the same question, together."""
 
     def __init__(self, examples: Any) -> None:
@@ -268,13 +265,5 @@ class _ByQuestion(Sequence[list[dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self._borders) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> list[dict[str, Any]]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[list[dict[str, Any]]]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [self._examples[i] for i in range(self._borders[index], self._borders[index + 1])]

@@ -148,7 +148,11 @@ class TextDataModule(pl.LightningDataModule):
         """Everything else that ``encode`` depends on; examples are encoded again if it changes."""
         return {}
 
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def rows(self, split: Split) -> Any:
+        """A sequence of lists of examples, if batches are made of these; ``None``: they are made of examples."""
+        return None
+
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
         """A batch: token lists are padded to the longest, on the right; numbers become tensors."""
         return {name: self.pad(name, [example[name] for example in examples]) for name in examples[0]}
 
@@ -244,9 +248,12 @@ class TextDataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> ShuffledExamples:
         self.setup("fit")
+        rows, data = self.rows("train"), self.data_fingerprint()
+        if rows is not None:
+            return ShuffledExamples(rows, None, self.batch_size, self.seed, self.collate, {**data, "packing": True})
         examples = self.examples["train"]
         lengths = lengths_of(examples) if self.bucket_by_length else None
-        return ShuffledExamples(examples, lengths, self.batch_size, self.seed, self.collate, self.data_fingerprint())
+        return ShuffledExamples(examples, lengths, self.batch_size, self.seed, self.collate, data)
 
     @override
     def val_dataloader(self) -> OrderedExamples | list[Any]:
@@ -263,7 +270,8 @@ class TextDataModule(pl.LightningDataModule):
     def _ordered(self, split: Split) -> OrderedExamples:
         if split not in self.examples:
             self.examples[split] = self._encode(split)
-        return OrderedExamples(self.examples[split], self.eval_batch_size, self.collate)
+        rows = self.rows(split)
+        return OrderedExamples(self.examples[split] if rows is None else rows, self.eval_batch_size, self.collate)
 
     @property
     def _module(self) -> Any:
