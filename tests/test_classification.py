@@ -242,6 +242,13 @@ def test_numbers_are_learnt(folder: Path, tmp_path: Path) -> None:
     assert records[7]["score"] > records[0]["score"]
 
 
+@pytest.mark.parametrize("labels", [["good", "bad"], 3])
+def test_labels_of_the_module_are_those_of_the_data(folder: Path, tmp_path: Path, labels: Any) -> None:
+    module = SequenceClassification(model=str(folder), labels=labels)
+    with pytest.raises(ValueError, match=r"Got labels=.* in the module, but the data module has bad, good. Leave"):
+        trainer(max_steps=1).fit(module, reviews(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [

@@ -375,11 +375,17 @@ def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[s
     Args:
         module: A module, perhaps attached to a Trainer.
         given: Names, or their number.
+
+    Raises:
+        ValueError: Others are given than those of the data module, whose order is that of the targets.
     """
-    if isinstance(given, int):
-        return [f"LABEL_{i}" for i in range(given)]
-    if given is not None:
-        return list(given)
-    trainer = module._trainer
-    found = getattr(getattr(trainer, "datamodule", None), "label_names", None)
-    return None if found is None else list(found)
+    found = getattr(getattr(module._trainer, "datamodule", None), "label_names", None)
+    if given is None:
+        return None if found is None else list(found)
+    names = [f"LABEL_{i}" for i in range(given)] if isinstance(given, int) else list(given)
+    if found is not None and (len(names) != len(found) if isinstance(given, int) else names != list(found)):
+        raise ValueError(
+            f"Got labels={given!r} in the module, but the data module has {', '.join(found)}. Leave labels out, or give"
+            " the same in the same order."
+        )
+    return names
