@@ -242,6 +242,13 @@ def test_numbers_are_learnt(folder: Path, tmp_path: Path) -> None:
     assert records[7]["score"] > records[0]["score"]
 
 
+def test_labels_of_a_trained_head_in_another_order_are_told(tmp_path: Path) -> None:
+    labels = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    trained = save_network(tmp_path / "trained", HEAD, **labels)
+    with pytest.warns(UserWarning, match="has the labels good, bad, but here they are in another order: bad, good"):
+        trainer(max_steps=1).fit(SequenceClassification(model=str(trained), optimizer=adam), reviews(tmp_path))
+
+
 @pytest.mark.parametrize("labels", [["good", "bad"], 3])
 def test_labels_of_the_module_are_those_of_the_data(folder: Path, tmp_path: Path, labels: Any) -> None:
     module = SequenceClassification(model=str(folder), labels=labels)

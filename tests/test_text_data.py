@@ -323,6 +323,24 @@ def test_a_number_that_is_no_name_among_numbers(tmp_path: Path) -> None:
         data.setup("fit")
 
 
+@pytest.mark.parametrize("names", [["pos", "neg"], ["neg", "pos"], ["good", "bad"]])
+def test_indices_of_names_that_the_data_set_declares(tmp_path: Path, names: list[str]) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    (tmp_path / "hub").mkdir()
+    rows = {"text": ["good film", "bad film"], "label": [0, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "hub" / "train.parquet"))
+    hub = {"dataset": str(tmp_path / "hub"), "splits": {"train": "train"}, "files": None}
+    data = module(tmp_path, label_names=names, **hub)
+    if names == ["neg", "pos"]:
+        with pytest.raises(ValueError, match="Got the labels neg, pos, but the data set's are indices of pos, neg"):
+            data.setup("fit")
+    else:
+        data.setup("fit")
+        assert data.examples["train"]["labels"][:] == [0, 1]
+
+
 def test_numbers_to_predict(tmp_path: Path) -> None:
     rows = [{"text": "good", "label": 1.5}, {"text": "bad", "label": -2}]
     (batch,) = module(tmp_path, rows, regression=True, batch_size=2).train_dataloader()

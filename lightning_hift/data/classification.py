@@ -78,6 +78,8 @@ class ClassificationDataModule(TextDataModule):
 
     @override
     def select(self, split: Split, table: Any) -> Any:
+        if self.given_label_names is not None and self.label in table.column_names:
+            check_order(self.given_label_names, getattr(table.features[self.label], "names", None))
         table = super().select(split, table)
         if self.shots_per_class is None or split != "train":
             return table
@@ -129,6 +131,20 @@ class ClassificationDataModule(TextDataModule):
             return number
         assert self.label_names is not None
         return label_index(value, self.label_names, self.label)
+
+
+def check_order(given: Sequence[str], declared: Sequence[str] | None) -> None:
+    """Refuse names that a data set has in another order: its labels are indices in its own.
+
+    Raises:
+        ValueError: They are the same in another order.
+    """
+    names = [str(name) for name in given]
+    if declared is not None and names != list(declared) and sorted(names) == sorted(declared):
+        raise ValueError(
+            f"Got the labels {', '.join(names)}, but the data set's are indices of {', '.join(declared)}. Give them in"
+            " the data set's order, or leave label_names out."
+        )
 
 
 def label_index(value: Any, names: Sequence[str], column: str) -> int:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
 from lightning_hift.data.batches import NO_LABEL
-from lightning_hift.data.classification import label_index
+from lightning_hift.data.classification import check_order, label_index
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
 from lightning_hift.data.tokenizer import need_offsets
 
@@ -68,11 +68,17 @@ class TokenClassificationDataModule(TextDataModule):
         if self.given_label_names is not None:
             return [str(name) for name in self.given_label_names]
         table = self.table("train")
-        declared = getattr(getattr(table.features[self.tags], "feature", None), "names", None)
+        declared = self._declared(table)
         if declared is not None:
             return list(declared)
         found = {tag for tags in table[self.tags] if isinstance(tags, list) for tag in tags if tag not in (None, "")}
         return [str(tag) for tag in sorted(found)]
+
+    @override
+    def select(self, split: Split, table: Any) -> Any:
+        if self.given_label_names is not None and self.tags in table.column_names:
+            check_order(self.given_label_names, self._declared(table))
+        return super().select(split, table)
 
     @override
     def encoding_options(self) -> dict[str, Any]:
@@ -115,6 +121,9 @@ class TokenClassificationDataModule(TextDataModule):
         lost = sum(examples[_LOST])
         if lost:
             rank_zero_warn(f"{lost} {split} words were cut off with their tags.")
+
+    def _declared(self, table: Any) -> list[str] | None:
+        return getattr(getattr(table.features[self.tags], "feature", None), "names", None)
 
     def _tokenize(self, words: Sequence[str], **options: Any) -> tuple[dict[str, Any], list[int | None]]:
         """What the tokenizer makes of the words, and to which of them each token belongs, if to any."""

@@ -10,7 +10,7 @@ from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorr
 from torchmetrics.classification import Accuracy, F1Score, MatthewsCorrCoef
 from typing_extensions import override
 
-from lightning_hift.tasks.transformer import TransformerModule, label_names
+from lightning_hift.tasks.transformer import TransformerModule, label_names, warn_of_other_order
 
 
 class SequenceClassification(TransformerModule):
@@ -49,6 +49,7 @@ class SequenceClassification(TransformerModule):
         names = label_names(self, self.labels)
         if names is None:
             return {"problem_type": "single_label_classification"}
+        warn_of_other_order(self.source, self.config, names)
         return {
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.entities import EntityScores, mark_entities
-from lightning_hift.tasks.transformer import TransformerModule, label_names
+from lightning_hift.tasks.transformer import TransformerModule, label_names, warn_of_other_order
 
 _NO_INPUTS = ("labels", "word_numbers", "num_words")
 
@@ -52,6 +52,7 @@ class TokenClassification(TransformerModule):
         names = label_names(self, self.labels)
         if names is None:
             return {}
+        warn_of_other_order(self.source, self.config, names)
         return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
     @override

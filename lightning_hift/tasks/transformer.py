@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -389,3 +390,13 @@ def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[s
             " the same in the same order."
         )
     return names
+
+
+def warn_of_other_order(source: NetworkSource, config: Any, names: Sequence[str]) -> None:
+    """Warn if a trained head has the same labels in another order, so that each starts with another one's weights."""
+    own = list(config.id2label.values())
+    if source.model is not None and not source.random_weights and own != list(names) and sorted(own) == sorted(names):
+        rank_zero_warn(
+            f"The head of model={source.model!r} has the labels {', '.join(own)}, but here they are in another order:"
+            f" {', '.join(names)}. What it has learned is lost; give the head's order, if the data allow it."
+        )
