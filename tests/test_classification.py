@@ -200,6 +200,20 @@ def test_a_data_module_takes_the_tokenizer_of_each_module_that_it_serves(tmp_pat
     assert seen[0] != seen[1]
 
 
+def test_the_tokenizer_is_of_the_same_revision_as_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda name, revision: asked.append((name, revision)) or read(name)
+    )
+    for options in ({}, {"tokenizer": str(folder)}):
+        data = reviews(tmp_path, **options)
+        trainer(max_steps=1).fit(SequenceClassification(model=str(folder), revision="v2", optimizer=adam), data)
+    assert asked == [(str(folder), "v2"), (str(folder), None)]
+
+
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:
     task = SequenceClassification(model=str(folder))
     data = reviews(tmp_path, eval_batch_size=3)

@@ -181,13 +181,15 @@ class TextDataModule(pl.LightningDataModule):
             ValueError: None was named, and the module has no ``model``; or it has no token to pad with.
             OSError: It is not to be had.
         """
-        name = self.tokenizer_name or getattr(getattr(self._module, "source", None), "model", None)
-        if name is None:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        source = getattr(self._module, "source", None)
+        if source is None or source.model is None:
             raise ValueError(
                 "Got no tokenizer, and no model to take it from. Name one: tokenizer is a name on the hub or a local"
                 " folder."
             )
-        return load_tokenizer(name)
+        return load_tokenizer(source.model, source.revision)
 
     @cached_property
     def max_length(self) -> int:

@@ -9,11 +9,12 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """A tokenizer that can pad.
 
     Args:
         name: Name on the Hugging Face hub, or a local folder.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         OSError: It is neither a folder nor cached, and the hub does not have it or cannot be reached.
@@ -22,7 +23,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise OSError(
             f"Got tokenizer={name!r}, which is no local folder with a tokenizer, and the hub gave nothing:"

@@ -104,13 +104,14 @@ class ConditionalGeneration(TransformerModule):
         found = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         if found is not None and self.tokenizer_name is None:
             return found
-        name = self.tokenizer_name or self.source.model
-        if name is None:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        if self.source.model is None:
             raise ValueError(
                 "Got no tokenizer to make texts of tokens, and no data module or model to take it from. Name one:"
                 " tokenizer is a name on the hub or a local folder."
             )
-        return load_tokenizer(name)
+        return load_tokenizer(self.source.model, self.source.revision)
 
     @override
     def config_fields(self) -> dict[str, Any]:
