@@ -103,6 +103,12 @@ EXAMPLES = {  # arguments, how the last line starts, and between what its number
     "existing_module.py": ([], "validation accuracy", 0.9, 1.0),
     "vision_transformer_digits.py": ([], "validation accuracy", 0.8, 1.0),
     "gan.py": ([], "mean distance from the circle", 0.0, 0.25),  # 0.9 before training
+    "train_tokenizer.py": (
+        ["train_tokenizer.py", "--folder", "tokenizer", "--size", "400"],
+        "bytes of text per token, with 400 tokens",
+        1.5,
+        20.0,
+    ),
     "own_cli.py": (["fit", "--config", "own_cli.yaml"], "validation accuracy", 0.9, 1.0),
 }
 
