@@ -6,11 +6,14 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.strategy import HiFTStrategy
@@ -68,6 +71,8 @@ class HiFTCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         self._quieted: dict[logging.Logger, int] = {}
+        load_yaml = get_loader("yaml")
+        set_loader("yaml", partial(_keep_hashes, load_yaml), (YAMLError,))
         try:
             super().__init__(
                 model_class,
@@ -80,6 +85,7 @@ class HiFTCLI(LightningCLI):
                 **kwargs,
             )
         finally:
+            set_loader("yaml", load_yaml, (YAMLError,))
             for logger, level in self._quieted.items():
                 logger.setLevel(level)
 
@@ -145,6 +151,15 @@ def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], ar
         make(**arguments)
     except ValueError as error:
         parser.error(f'Parser key "{key}": {error}')
+
+
+def _keep_hashes(load_yaml: Callable[[str], Any], text: str) -> Any:
+    """YAML's value, but a string such as ``#2 String``, a column's name, is itself rather than a comment on nothing.
+
+    jsonargparse reads the strings of a file as YAML a second time, without their quotes.
+    """
+    value = load_yaml(text)
+    return text if value is None and text.lstrip().startswith("#") else value
 
 
 def _with_speed(trainer_defaults: dict[str, Any] | None) -> list[Any]:

@@ -103,6 +103,12 @@ EXAMPLES = {  # arguments, how the last line starts, and between what its number
     "existing_module.py": ([], "validation accuracy", 0.9, 1.0),
     "vision_transformer_digits.py": ([], "validation accuracy", 0.8, 1.0),
     "gan.py": ([], "mean distance from the circle", 0.0, 0.25),  # 0.9 before training
+    "train_tokenizer.py": (
+        ["train_tokenizer.py", "--folder", "tokenizer", "--size", "400"],
+        "bytes of text per token, with 400 tokens",
+        1.5,
+        20.0,
+    ),
     "own_cli.py": (["fit", "--config", "own_cli.yaml"], "validation accuracy", 0.9, 1.0),
 }
 
@@ -145,6 +151,18 @@ def printed_config(monkeypatch, capsys):
     return parse
 
 
+def assert_holds(found, given):
+    """Nothing in ``given`` was lost on the way to ``found``."""
+    if isinstance(given, dict):
+        for name, value in given.items():
+            assert_holds(found[name], value)
+    elif isinstance(given, list):
+        for one, other in zip(found, given, strict=True):
+            assert_holds(one, other)
+    else:
+        assert found == given
+
+
 @pytest.mark.parametrize("path", [path for path in PARTS if path.parent.name == "task"], ids=lambda path: path.stem)
 def test_a_task_begins_with_the_command_that_runs_it(path, printed_config):
     program, subcommand, *options = path.read_text().splitlines()[0].removeprefix("# ").split()
@@ -154,12 +172,13 @@ def test_a_task_begins_with_the_command_that_runs_it(path, printed_config):
     assert [part.parent.name for part in parts] == ["task", "model", "method"]
     assert parts[0] == path
     found = printed_config(parts)
+    assert_holds(found, yaml.safe_load(path.read_text()))
     assert found["model"]["init_args"]["optimizer"]["init_args"]["lr"] > 0
     assert found["model"]["class_path"].startswith("lightning_hift.tasks.")
     overlay = ROOT / "configs" / "files" / path.name
     if overlay.exists():
         data = printed_config([*parts, overlay])["data"]["init_args"]
-        assert data["dataset"] is None
+        assert_holds(data, yaml.safe_load(overlay.read_text())["data"]["init_args"])
         assert all(name.startswith("data/") for name in data["files"].values())
 
 

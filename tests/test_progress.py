@@ -151,6 +151,14 @@ def test_bars_show_sweep_group_loss_and_tokens(
         assert name in shown, shown[-2000:]
 
 
+def test_ones_own_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    own = TrainingSpeed()
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        run = fit(callbacks=[own])
+    assert [c for c in run.callbacks if isinstance(c, TrainingSpeed)] == [own]  # type: ignore[attr-defined]
+    assert "will override" not in caplog.text
+
+
 def test_csv_logger(tmp_path: Path) -> None:
     run = fit(logger=CSVLogger(tmp_path))
     rows = list(csv.DictReader((Path(str(run.log_dir)) / "metrics.csv").open()))

@@ -1,8 +1,9 @@
 """Quality of HiFT beside full fine-tuning: tasks, methods and seeds, each a run of its own, in one table.
 
 ``python -m lightning_hift.benchmark.quality --tasks trec mrpc --seeds 0 1 2 --model FOLDER`` runs, in the folder of the
-project, ``lightning-hift fit -c configs/task/T.yaml -c configs/method/M.yaml`` for each. Runs that are in the file of
-records are not repeated, so a table can be measured in pieces.
+project, ``lightning-hift fit -c configs/task/T.yaml -c configs/method/M.yaml`` for each, with what ``configs/files``
+and ``configs/tuned`` have for them. Runs that are in the file of records are not repeated, so a table can be measured
+in pieces.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from typing import Any, NamedTuple
 from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.table import format_table
 
-_METRICS = {"cola": "val_matthews", "stsb": "val_pearson"}
+_METRICS = {"cola": ["val_matthews"], "stsb": ["val_pearson"], "viggo": ["val_loss", "val_bleu", "val_rougeL"]}
+_DEFAULT_METRICS = ["val_accuracy"]
 _CONFIGS = Path("configs")
 _BASELINE = "full"
+_LOSS = "val_loss"
 
 
 class Run(NamedTuple):
@@ -51,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             done[run] = record
             with records.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(*run, record["metrics"].get(_metric(run.task)), record["seconds"], flush=True)
+            scores = [round(_score(record, metric), 3) for metric in _metrics(run.task)]
+            print(*run, *scores, record["seconds"], flush=True)
     text = format_report([record for run, record in done.items() if run in wanted])
     options.output.write_text(text)
     print(text)
@@ -68,39 +72,60 @@ def format_report(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         by_kind.setdefault((record["run"][0], record["run"][1]), []).append(record)
     rows = []
-    for (task, method), found in by_kind.items():
-        scores = [100 * record["metrics"][_metric(task)] for record in found]
+    for task in dict.fromkeys(task for task, _ in by_kind):
         base = by_kind.get((task, _BASELINE), [])
-        ratios = [
-            record["seconds"]["cpu"] / other["seconds"]["cpu"]
-            for record in found
-            for other in base
-            if other["run"][2] == record["run"][2]
-        ]
-        base_mean = mean(100 * other["metrics"][_metric(task)] for other in base) if base else None
-        rows.append(
-            [
-                task,
-                _metric(task).removeprefix("val_"),
-                method,
-                " ".join(f"{score:.1f}" for score in scores),
-                f"{mean(scores):.2f}",
-                f"{stdev(scores):.2f}" if len(scores) > 1 else "-",
-                "-" if base_mean is None or method == _BASELINE else f"{mean(scores) - base_mean:+.2f}",
-                f"{mean(ratios):.2f}" if ratios else "-",
-                str(round(mean(record["epochs"] for record in found))),
-                f"{found[0]['learning_rate']:g}",
-            ]
-        )
-    header = ["task", "metric", "method", "by seed", "mean", "stdev", "against full", "time", "epochs", "lr"]
+        for metric, method in product(_metrics(task), [method for name, method in by_kind if name == task]):
+            found = by_kind[task, method]
+            scores = [_score(record, metric) for record in found]
+            base_scores = [_score(record, metric) for record in base] if method != _BASELINE else []
+            rows.append(
+                [
+                    task,
+                    metric.removeprefix("val_"),
+                    method,
+                    " ".join(f"{score:.1f}" if metric != _LOSS else f"{score:.3f}" for score in scores),
+                    f"{mean(scores):.2f}",
+                    f"{stdev(scores):.2f}" if len(scores) > 1 else "-",
+                    f"{mean(scores) - mean(base_scores):+.2f}" if base_scores else "-",
+                    _time_ratio(found, base, "wall"),
+                    _time_ratio(found, base, "cpu"),
+                    str(round(mean(record["epochs"] for record in found))),
+                    f"{found[0]['learning_rate']:g}",
+                ]
+            )
+    header = [
+        "task",
+        "metric",
+        "method",
+        "by seed",
+        "mean",
+        "stdev",
+        "against full",
+        "time",
+        "processor",
+        "epochs",
+        "lr",
+    ]
     passport = records[0]["passport"]
     about = ", ".join(f"{name} {value}" for name, value in passport["versions"].items())
     return (
-        f"```text\n{format_table(header, rows)}\n```\n\nScores are percentages at the end of the run, on the validation"
-        " split of the task. Time: seconds of the processor in training, validation left out, against full fine-tuning"
-        f" with the same seed. Model: {records[0]['model']}; {records[0]['threads']} thread(s) per run,"
-        f" {passport['device']}; {about}.\n"
+        f"```text\n{format_table(header, rows)}\n```\n\nAt the end of the run, on the validation split of the task;"
+        " scores are percentages, losses nats per token. Time: seconds of training by the clock, validation left out,"
+        " against full fine-tuning with the same seed; processor: the same of the processor's seconds."
+        f" Model: {records[0]['model']}; {records[0]['threads']} thread(s) per run, {passport['device']},"
+        f" commit {passport['commit']}; {about}.\n"
     )
+
+
+def _score(record: dict[str, Any], metric: str) -> float:
+    value: float = record["metrics"][metric]
+    return value if metric == _LOSS else 100 * value
+
+
+def _time_ratio(records: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], clock: str) -> str:
+    by_seed = {record["run"][2]: record["seconds"][clock] for record in base}
+    ratios = [r["seconds"][clock] / by_seed[r["run"][2]] for r in records if r["run"][2] in by_seed]
+    return f"{mean(ratios):.2f}" if ratios else "-"
 
 
 def _fit(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +136,8 @@ def _fit(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         report, log = Path(folder, "report.json"), Path(folder, "log.txt")
         command = [sys.executable, "-m", "lightning_hift", "fit"]
         command += [word for part in parts for word in ("--config", str(part))]
-        command += [f"--model.model={options.model}", f"--seed_everything={run.seed}", "--trainer.logger=false"]
+        command += ["--config" if options.model.endswith(".yaml") else "--model.model", options.model]
+        command += [f"--seed_everything={run.seed}", "--trainer.logger=false"]
         command += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
         command += ["--trainer.callbacks+=lightning_hift.benchmark.FitReport", f"--trainer.callbacks.path={report}"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -123,8 +149,8 @@ def _fit(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     return {"run": list(run), **found, "model": options.model, "threads": options.threads, "passport": make_passport()}
 
 
-def _metric(task: str) -> str:
-    return _METRICS.get(task, "val_accuracy")
+def _metrics(task: str) -> list[str]:
+    return _METRICS.get(task, _DEFAULT_METRICS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=known, help=f"names of files in {_CONFIGS}/task")
     parser.add_argument("--methods", nargs="+", default=["full", "hift"], help=f"names of files in {_CONFIGS}/method")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--model", required=True, help="name on the hub or folder")
+    parser.add_argument("--model", required=True, help="name on the hub, folder, or YAML of a model")
     parser.add_argument("--hub", action="store_true", help="take data from the hub, not from local files under data/")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch per run")

@@ -181,7 +181,8 @@ class TransformerModule(HiFTModule):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [TrainingSpeed()]
+        given = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, TrainingSpeed) for callback in given) else [TrainingSpeed()]
 
     @override
     def forward(self, batch: Mapping[str, Any]) -> Any:
