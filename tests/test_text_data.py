@@ -61,6 +61,13 @@ def test_formats(tmp_path: Path, name: str, text: str, options: dict[str, Any], 
     assert read(write(tmp_path / name, text), **options) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "a\r\nx\r\n"), ("a.jsonl.gz", '{"a": "x"}\n'), ("a.json", '[{"a": "x"}]')]
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str, text: str) -> None:
+    assert read(write(tmp_path / name, "\ufeff" + text)) == [{"a": "x"}]
+
+
 def test_parquet(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -19,7 +20,7 @@ from lightning_hift.data.bad_rows import OnBadRow, settle
 PLACE, FAULT = "__place__", "__fault__"
 """Columns of every table: ``file:line`` of the row, and why it cannot be used, or nothing."""
 
-_VERSION = 1  # of the reader; another one reads cached files again
+_VERSION = 2  # of the reader; another one reads cached files again
 
 
 @dataclass(frozen=True)
@@ -316,9 +317,11 @@ _READERS = {
 
 
 def _open(path: Path, file_format: FileFormat) -> IO[str]:
+    # Spreadsheets put a byte order mark before UTF-8, which would become part of the first column's name.
+    encoding = "utf-8-sig" if codecs.lookup(file_format.encoding).name == "utf-8" else file_format.encoding
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=file_format.encoding, newline="")
-    return path.open(encoding=file_format.encoding, newline="")
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 def _digest(path: Path) -> bytes:
