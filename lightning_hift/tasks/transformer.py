@@ -49,7 +49,7 @@ class TransformerModule(HiFTModule):
             recomputes only as many as must be.
         revision: Branch, tag or commit on the hub.
         adapter: ``peft_type`` and arguments of an adapter of the peft library; only it (and a new head) is trained.
-        optimizer: Builds the optimizer from parameter groups. Its weight decay spares norms and biases.
+        optimizer: Builds the optimizer from parameter groups; default: AdamW. Its weight decay spares norms and biases.
         lr_scheduler: Builds the scheduler from the optimizer; or the name of a schedule over the whole run, as in
             transformers' ``get_scheduler``. Default: a constant learning rate.
         warmup: For a schedule by name: the share of the steps in which the learning rate rises from 0.
@@ -81,7 +81,7 @@ class TransformerModule(HiFTModule):
         gradient_checkpointing: bool = False,
         revision: str | None = None,
         adapter: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         warmup: float = 0.06,
         interval: Literal["step", "epoch"] = "step",
@@ -109,7 +109,8 @@ class TransformerModule(HiFTModule):
             revision,
         )
         self.adapter = adapter
-        self.optimizer = optimizer
+        # No default in the signature: jsonargparse would hand its weight decay and eps on to whichever class is chosen.
+        self.optimizer: OptimizerCallable = torch.optim.AdamW if optimizer is None else optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
         self.interval = interval
