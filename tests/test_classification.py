@@ -142,6 +142,28 @@ def test_a_model_without_the_head_says_which_it_has(tmp_path: Path) -> None:
         build_network(NetworkSource(model_type="t5", model_config=t5), "AutoModelForCausalLM")
 
 
+def test_fields_that_only_the_code_of_the_network_reads() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    relative = {**sizes, "relative_attention": True, "position_buckets": 8}
+    network = build_network(NetworkSource(model_type="deberta-v2", model_config=relative), HEAD)
+    assert network.deberta.encoder.rel_embeddings.num_embeddings == 16  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="Got 'position_bucket' in model_config"):
+        build_network(NetworkSource(model_type="deberta-v2", model_config={**sizes, "position_bucket": 8}), HEAD)
+
+
+def test_a_decoder_starts_with_padding_where_its_configuration_does_not_say() -> None:
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    network = build_network(NetworkSource(model_type="t5", model_config=t5), HEAD)
+    assert network.config.decoder_start_token_id == network.config.pad_token_id == 0  # type: ignore[union-attr]
+    assert network(torch.tensor([[5, 6, 1]])).logits.shape == (1, 2)
+    given = NetworkSource(model_type="t5", model_config={**t5, "decoder_start_token_id": 3})
+    assert build_network(given, HEAD).config.decoder_start_token_id == 3  # type: ignore[union-attr]
+
+
+def test_an_architecture_without_a_limit_of_positions() -> None:
+    assert SequenceClassification(model_type="xlnet", model_config={"n_layer": 1}).max_positions is None
+
+
 def test_missing_weights_below_the_head_are_a_warning(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 

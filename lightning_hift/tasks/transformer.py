@@ -138,7 +138,7 @@ class TransformerModule(HiFTModule):
             # Some models count positions from the padding token on.
             if isinstance(part, nn.Embedding) and "position" in name and limit == part.num_embeddings:
                 return int(limit) - (0 if part.padding_idx is None else part.padding_idx + 1)
-        return None if limit is None else int(limit)
+        return None if limit is None or limit < 1 else int(limit)
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of the configuration that follow from the task, such as label names."""
