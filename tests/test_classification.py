@@ -206,6 +206,12 @@ def test_reviews_are_learnt(folder: Path, tmp_path: Path, options: dict[str, Any
     assert all(0.5 < record["probability"] <= 1 for record in records)
 
 
+def test_a_single_class_is_none(folder: Path, tmp_path: Path) -> None:
+    data = reviews(tmp_path, label_names=["good"], on_bad_row="skip")
+    with pytest.raises(ValueError, match=r"Got the labels \['good'\] of the data; .* label_names of the data module"):
+        trainer(max_steps=1).fit(SequenceClassification(model=str(folder)), data)
+
+
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:
     task = SequenceClassification(model=str(folder))
     data = reviews(tmp_path, eval_batch_size=3)

@@ -108,11 +108,25 @@ def test_bad_rows_are_named_or_skipped(
         ("a.json", '{"x": []}', {"records": "y"}, "Got 'y' in records, but .* has no such key there; it has x"),
         ("a.json", "[1,", {}, r"a.json:1: column \d+: .* It is no JSON"),
         ("a.txt", "x", {"line_pattern": ".*"}, "needs named groups"),
+        ("a.csv", "a,b,a\n1,2,3\n", {}, "a.csv:1: the column 'a' is there twice. Rename"),
+        ("a.parquet", "a", {}, "a.parquet is no parquet file: "),
+        ("a.jsonl", '{"a": "x"}\n{"a": "é"}\n', {"encoding": "ascii"}, "a.jsonl:2: it is not in ascii .* encoding in"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path / name, text), **options)
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"a\nx\n" * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"a.csv.gz cannot be read as csv: .* Write it anew"):
+        read(path)
+
+
+def test_a_long_field(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", "a\n" + "x" * 200_000)) == [{"a": "x" * 200_000}]
 
 
 def test_a_missing_file_and_an_unknown_data_set(tmp_path: Path) -> None:
@@ -285,6 +299,9 @@ def test_an_empty_split(tmp_path: Path) -> None:
     files = {"train": str(write(tmp_path / "empty.csv", "text,label\n"))}
     with pytest.raises(ValueError, match=r"The split 'train' is empty: .*empty.csv"):
         module(tmp_path, files=files).train_dataloader()
+    files = {"train": str(write(tmp_path / "one.csv", "text,label\na,b\n"))}
+    with pytest.raises(ValueError, match=r"'train' is empty: .*one.csv. All of its 1 rows went to validation_fraction"):
+        module(tmp_path, files=files, validation_fraction=0.5).train_dataloader()
     with pytest.raises(ValueError, match="There is no split 'test'; files has train"):
         module(tmp_path).test_dataloader()
 

@@ -49,6 +49,11 @@ class SequenceClassification(TransformerModule):
         names = label_names(self, self.labels)
         if names is None:
             return {"problem_type": "single_label_classification"}
+        if len(names) < 2:
+            raise ValueError(
+                f"Got the labels {names} of the data; a classification needs at least two. Name all in label_names of"
+                " the data module."
+            )
         return {
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
