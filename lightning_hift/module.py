@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,10 +26,11 @@ class HiFTModule(pl.LightningModule):
             Trainer's argument of this name works in automatic optimization only.)
         gradient_clip_val: Largest norm, or value, of the active group's gradients; ``None`` does not clip.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
-        lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler.
+        lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler, unless that has a ``monitor`` of its own.
 
     Raises:
         ValueError: ``accumulate_grad_batches`` is below 1.
+        MisconfigurationException: In ``fit``: the Trainer was to accumulate or to clip.
     """
 
     def __init__(
@@ -73,15 +75,29 @@ class HiFTModule(pl.LightningModule):
         self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
     @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        # Here, because Lightning's own refusal, which comes next, does not know of our arguments.
+        for name, neutral in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+            given = getattr(self.trainer, name)
+            if given != neutral:
+                raise MisconfigurationException(
+                    f"Got Trainer({name}={given}), which works in automatic optimization only. Give it to the module"
+                    f" instead: {type(self).__name__}({name}={given}), in YAML under model.init_args."
+                )
+        return []
+
+    @override
     def on_validation_end(self) -> None:
         if self.trainer.sanity_checking:
             return
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
-                metric = self.trainer.callback_metrics.get(self.lr_monitor)
+                # LightningCLI's own class brings the name along.
+                monitor = getattr(config.scheduler, "monitor", self.lr_monitor)
+                metric = self.trainer.callback_metrics.get(monitor)
                 if metric is None:
                     raise ValueError(
-                        f"ReduceLROnPlateau waits for lr_monitor={self.lr_monitor!r}, which was not logged; there are"
+                        f"ReduceLROnPlateau waits for lr_monitor={monitor!r}, which was not logged; there are"
                         f" {sorted(self.trainer.callback_metrics)}."
                     )
                 config.scheduler.step(metric)

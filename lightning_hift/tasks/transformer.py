@@ -172,7 +172,7 @@ class TransformerModule(HiFTModule):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [TrainingSpeed()]
+        return [*super().configure_callbacks(), TrainingSpeed()]
 
     @override
     def forward(self, batch: Mapping[str, Any]) -> Any:
@@ -339,7 +339,7 @@ class TransformerModule(HiFTModule):
             if not is_free or "vocab_size" in self.source.model_config:
                 raise ValueError(
                     f"Got a tokenizer of {needed} tokens for a network of {there}. Use the network's own tokenizer, or"
-                    " random_weights."
+                    " random_weights; leave vocab_size out of model_config."
                 )
             fields["vocab_size"] = needed
         return fields
