@@ -212,6 +212,15 @@ def test_a_single_class_is_none(folder: Path, tmp_path: Path) -> None:
         trainer(max_steps=1).fit(SequenceClassification(model=str(folder)), data)
 
 
+@pytest.mark.parametrize("regression", [False, True])
+def test_module_and_data_agree_on_what_a_label_is(folder: Path, tmp_path: Path, regression: bool) -> None:
+    task = SequenceClassification(model=str(folder), regression=regression)
+    (tmp_path / "numbers.jsonl").write_text("".join(f'{{"text": "the film", "label": {i}}}\n' for i in range(4)))
+    files = {"train": str(tmp_path / "numbers.jsonl")}
+    with pytest.raises(ValueError, match=f"Got regression={regression} for the module .* Set both alike"):
+        trainer(max_steps=1).fit(task, reviews(tmp_path, regression=not regression, files=files))
+
+
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:
     task = SequenceClassification(model=str(folder))
     data = reviews(tmp_path, eval_batch_size=3)

@@ -44,6 +44,12 @@ class SequenceClassification(TransformerModule):
 
     @override
     def config_fields(self) -> dict[str, Any]:
+        of_data = getattr(getattr(self._trainer, "datamodule", None), "regression", self.regression)
+        if of_data != self.regression:
+            raise ValueError(
+                f"Got regression={self.regression} for the module and regression={of_data} for the data module. Set"
+                " both alike: numbers are no classes."
+            )
         if self.regression:
             return {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
         names = label_names(self, self.labels)
