@@ -337,7 +337,7 @@ def test_a_fit_resumes_in_mid_epoch(tmp_path: Path, accumulate: int) -> None:
         pl.seed_everything(1)
         task = SequenceClassification(
             model=str(folder),
-            model_config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            model_config={"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
             lr_scheduler="linear",
             accumulate_grad_batches=accumulate,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
