@@ -123,6 +123,17 @@ class HiFTCLI(LightningCLI):
             _try(parser, "trainer.strategy", HiFTStrategy, simple)
 
     @override
+    def instantiate_classes(self) -> None:
+        """Make the classes; what one of them refuses is said in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # jsonargparse lists types and values around it
+                cause = cause.__cause__
+            raise cause from None
+
+    @override
     def before_instantiate_classes(self) -> None:
         """For a subcommand that runs nothing, make a Trainer that needs no GPU and no logger."""
         super().before_instantiate_classes()

@@ -5,30 +5,35 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
+_RANDOM_KEY = "random_state"
+
 
 class HiFTModule(pl.LightningModule):
     """Base class with manual optimization: loss, backward, accumulation, clipping, step, learning rate.
 
     Subclasses write ``training_loss`` and ``configure_optimizers`` and get, bit for bit, what automatic optimization
-    does. Which group trains is decided by the ``HiFTCallback`` or ``strategy="hift"``; without them this is plain
-    full fine-tuning.
+    does; and, other than there, a run that is resumed draws the same dropout as one that was never interrupted. Which
+    group trains is decided by the ``HiFTCallback`` or ``strategy="hift"``; without them this is plain full fine-tuning.
 
     Args:
         accumulate_grad_batches: Micro-batches per optimizer step. The last window of an epoch may be shorter. (The
             Trainer's argument of this name works in automatic optimization only.)
         gradient_clip_val: Largest norm, or value, of the active group's gradients; ``None`` does not clip.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
-        lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler.
+        lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler, unless that has a ``monitor`` of its own.
 
     Raises:
         ValueError: ``accumulate_grad_batches`` is below 1.
+        MisconfigurationException: In ``fit``: the Trainer was to accumulate or to clip.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class HiFTModule(pl.LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.lr_monitor = lr_monitor
+        self._random_state: dict[str, Tensor] | None = None
 
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of one micro-batch, a scalar; ``None`` skips it. To be written by the subclass."""
@@ -53,6 +59,9 @@ class HiFTModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+        if self._random_state is not None:  # here, so that nothing draws before the first loss does
+            self._set_random_state(self._random_state)
+            self._random_state = None
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer), "HiFTModule takes one optimizer"
         loss = self.training_loss(batch, batch_idx)
@@ -73,18 +82,50 @@ class HiFTModule(pl.LightningModule):
         self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
     @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        # Here, because Lightning's own refusal, which comes next, does not know of our arguments.
+        for name, neutral in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+            given = getattr(self.trainer, name)
+            if given != neutral:
+                raise MisconfigurationException(
+                    f"Got Trainer({name}={given}), which works in automatic optimization only. Give it to the module"
+                    f" instead: {type(self).__name__}({name}={given}), in YAML under model.init_args."
+                )
+        return []
+
+    @override
     def on_validation_end(self) -> None:
         if self.trainer.sanity_checking:
             return
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
-                metric = self.trainer.callback_metrics.get(self.lr_monitor)
+                # LightningCLI's own class brings the name along.
+                monitor = getattr(config.scheduler, "monitor", self.lr_monitor)
+                metric = self.trainer.callback_metrics.get(monitor)
                 if metric is None:
                     raise ValueError(
-                        f"ReduceLROnPlateau waits for lr_monitor={self.lr_monitor!r}, which was not logged; there are"
+                        f"ReduceLROnPlateau waits for lr_monitor={monitor!r}, which was not logged; there are"
                         f" {sorted(self.trainer.callback_metrics)}."
                     )
                 config.scheduler.step(metric)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random numbers, so that a resumed run draws the same dropout."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint[_RANDOM_KEY] = states
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self._trainer.training:
+            self._random_state = checkpoint.get(_RANDOM_KEY)
+
+    def _set_random_state(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"].cpu())
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
 
     def _step_lr_schedulers(self, interval: str, index: int) -> None:
         for config in self.trainer.lr_scheduler_configs:

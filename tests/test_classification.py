@@ -144,6 +144,28 @@ def test_a_model_without_the_head_says_which_it_has(tmp_path: Path) -> None:
         build_network(NetworkSource(model_type="t5", model_config=t5), "AutoModelForCausalLM")
 
 
+def test_fields_that_only_the_code_of_the_network_reads() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    relative = {**sizes, "relative_attention": True, "position_buckets": 8}
+    network = build_network(NetworkSource(model_type="deberta-v2", model_config=relative), HEAD)
+    assert network.deberta.encoder.rel_embeddings.num_embeddings == 16  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="Got 'position_bucket' in model_config"):
+        build_network(NetworkSource(model_type="deberta-v2", model_config={**sizes, "position_bucket": 8}), HEAD)
+
+
+def test_a_decoder_starts_with_padding_where_its_configuration_does_not_say() -> None:
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    network = build_network(NetworkSource(model_type="t5", model_config=t5), HEAD)
+    assert network.config.decoder_start_token_id == network.config.pad_token_id == 0  # type: ignore[union-attr]
+    assert network(torch.tensor([[5, 6, 1]])).logits.shape == (1, 2)
+    given = NetworkSource(model_type="t5", model_config={**t5, "decoder_start_token_id": 3})
+    assert build_network(given, HEAD).config.decoder_start_token_id == 3  # type: ignore[union-attr]
+
+
+def test_an_architecture_without_a_limit_of_positions() -> None:
+    assert SequenceClassification(model_type="xlnet", model_config={"n_layer": 1}).max_positions is None
+
+
 def test_missing_weights_below_the_head_are_a_warning(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -212,6 +234,21 @@ def test_the_tokenizer_is_of_the_same_revision_as_the_model(
         data = reviews(tmp_path, **options)
         trainer(max_steps=1).fit(SequenceClassification(model=str(folder), revision="v2", optimizer=adam), data)
     assert asked == [(str(folder), "v2"), (str(folder), None)]
+
+
+def test_a_single_class_is_none(folder: Path, tmp_path: Path) -> None:
+    data = reviews(tmp_path, label_names=["good"], on_bad_row="skip")
+    with pytest.raises(ValueError, match=r"Got the labels \['good'\] of the data; .* label_names of the data module"):
+        trainer(max_steps=1).fit(SequenceClassification(model=str(folder)), data)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_module_and_data_agree_on_what_a_label_is(folder: Path, tmp_path: Path, regression: bool) -> None:
+    task = SequenceClassification(model=str(folder), regression=regression)
+    (tmp_path / "numbers.jsonl").write_text("".join(f'{{"text": "the film", "label": {i}}}\n' for i in range(4)))
+    files = {"train": str(tmp_path / "numbers.jsonl")}
+    with pytest.raises(ValueError, match=f"Got regression={regression} for the module .* Set both alike"):
+        trainer(max_steps=1).fit(task, reviews(tmp_path, regression=not regression, files=files))
 
 
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:

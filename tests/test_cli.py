@@ -132,6 +132,39 @@ def callback_of(cli: HiFTCLI) -> HiFTCallback:
     return callback
 
 
+def test_an_optimizer_keeps_its_own_defaults(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those of AdamW, which a task uses where none is named."""
+    path = Path(config)
+    model = {"class_path": "lightning_hift.tasks.CausalLM", "init_args": {"model_type": "gpt2"}}
+    model["init_args"] |= {"optimizer": {"class_path": "torch.optim.Adagrad"}}  # type: ignore[operator]
+    path.write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    with pytest.raises(SystemExit):
+        run_cli("fit", "--config", config, "--print_config")
+    chosen = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (chosen["lr"], chosen["eps"], chosen["weight_decay"]) == (1e-2, 1e-10, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"model": {"class_path": "lightning_hift.tasks.CausalLM"}}, "^Got model=None and model_type=None; give one"),
+        (
+            {
+                "data": {
+                    "class_path": "lightning_hift.data.ClassificationDataModule",
+                    "init_args": {"files": {"trian": "a.csv"}},
+                }
+            },
+            r"^Got the split 'trian'; there are train, validation, test, predict\.$",
+        ),
+    ],
+)
+def test_what_a_class_refuses_is_said_in_its_words(config: str, part: dict[str, Any], message: str) -> None:
+    Path(config).write_text(yaml.safe_dump({**CONFIG, **part}))
+    with pytest.raises(ValueError, match=message):
+        run_cli("fit", "--config", config)
+
+
 def test_yaml_reaches_the_callback_and_the_strategy(config: str) -> None:
     cli = run_cli("fit", "--config", config, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
     callback = callback_of(cli)

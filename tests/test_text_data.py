@@ -74,6 +74,13 @@ def test_formats(tmp_path: Path, name: str, text: str, options: dict[str, Any], 
     assert read(write(tmp_path / name, text), **options) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "a\r\nx\r\n"), ("a.jsonl.gz", '{"a": "x"}\n'), ("a.json", '[{"a": "x"}]')]
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str, text: str) -> None:
+    assert read(write(tmp_path / name, "\ufeff" + text)) == [{"a": "x"}]
+
+
 def test_parquet(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
@@ -116,6 +123,9 @@ def test_bad_rows_are_named_or_skipped(
         ("a.json", '{"x": []}', {"records": "y"}, "Got 'y' in records, but .* has no such key there; it has x"),
         ("a.json", "[1,", {}, r"a.json:1: column \d+: .* It is no JSON"),
         ("a.txt", "x", {"line_pattern": ".*"}, "needs named groups"),
+        ("a.csv", "a,b,a\n1,2,3\n", {}, "a.csv:1: the column 'a' is there twice. Rename"),
+        ("a.parquet", "a", {}, "a.parquet is no parquet file: "),
+        ("a.jsonl", '{"a": "x"}\n{"a": "é"}\n', {"encoding": "ascii"}, "a.jsonl:2: it is not in ascii .* encoding in"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, options: dict[str, Any], message: str) -> None:
@@ -126,6 +136,17 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, options
 def test_numbers_of_which_the_first_thousand_are_whole(tmp_path: Path) -> None:
     rows = [{"a": 1}] * 1100 + [{"a": 0.5}]
     assert read(write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))) == rows
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"a\nx\n" * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"a.csv.gz cannot be read as csv: .* Write it anew"):
+        read(path)
+
+
+def test_a_long_field(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", "a\n" + "x" * 200_000)) == [{"a": "x" * 200_000}]
 
 
 def test_a_missing_file_and_an_unknown_data_set(tmp_path: Path) -> None:
@@ -381,6 +402,9 @@ def test_an_empty_split(tmp_path: Path) -> None:
     files = {"train": str(write(tmp_path / "empty.csv", "text,label\n"))}
     with pytest.raises(ValueError, match=r"The split 'train' is empty: .*empty.csv"):
         module(tmp_path, files=files).train_dataloader()
+    files = {"train": str(write(tmp_path / "one.csv", "text,label\na,b\n"))}
+    with pytest.raises(ValueError, match=r"'train' is empty: .*one.csv. All of its 1 rows went to validation_fraction"):
+        module(tmp_path, files=files, validation_fraction=0.5).train_dataloader()
     with pytest.raises(ValueError, match="There is no split 'test'; files has train"):
         module(tmp_path).test_dataloader()
 
@@ -416,7 +440,7 @@ def test_a_fit_resumes_in_mid_epoch(tmp_path: Path, accumulate: int) -> None:
         pl.seed_everything(1)
         task = SequenceClassification(
             model=str(folder),
-            model_config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            model_config={"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
             lr_scheduler="linear",
             accumulate_grad_batches=accumulate,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),

@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
@@ -494,6 +496,22 @@ def test_plateau_scheduler():
         lrs[module] = run.optimizers[0].param_groups[0]["lr"]
     assert lrs[Automatic] == 0.01 / 16
     assert lrs[Manual] == lrs[Automatic]
+
+
+def test_a_plateau_that_names_its_metric_waits_for_that():
+    def plateau(optimizer):
+        return ReduceLROnPlateau(optimizer, "no_such_metric")
+
+    run = trainer(max_epochs=1, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=r"waits for lr_monitor='no_such_metric', .* there are \[.*'val_loss'"):
+        run.fit(Manual(make_scheduler=plateau, interval="epoch"), loader(2), loader(2))
+
+
+@pytest.mark.parametrize("option", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}])
+def test_what_the_trainer_cannot_do_by_hand_is_the_modules_argument(option):
+    ((name, value),) = option.items()
+    with pytest.raises(MisconfigurationException, match=f"Give it to the module instead: Manual\\({name}={value}\\)"):
+        trainer(max_steps=1, **option).fit(Manual(), loader(2))
 
 
 # --- what the user sees -----------------------------------------------------------------------------------------------

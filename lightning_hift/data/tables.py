@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,8 +21,9 @@ from lightning_hift.data.bad_rows import OnBadRow, settle
 PLACE, FAULT = "__place__", "__fault__"
 """Columns of every table: ``file:line`` of the row, and why it cannot be used, or nothing."""
 
-_VERSION = 2  # of the reader; another one reads cached files again
-_MOST_CHARACTERS = 2**31 - 1  # of a field, where the csv module would allow 131,072
+_LONGEST_FIELD = 2**31 - 1  # characters; 128 Ki by default, less than a document may have
+
+_VERSION = 3  # of the reader; another one reads cached files again
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,7 @@ def _rows(paths: list[str], file_format: FileFormat) -> Iterator[dict[str, Any]]
     """All rows of all files with the same columns in the same order, as Arrow wants them."""
 
     def read() -> Iterator[tuple[Path, Row]]:
-        return (
-            (path, row) for path in map(Path, paths) for row in _READERS[_kind_of(path, file_format)](path, file_format)
-        )
+        return ((path, row) for path in map(Path, paths) for row in _read_file(path, file_format))
 
     kinds: dict[str, type | None] = {}
     for _, (_, row, _) in read():
@@ -194,9 +195,36 @@ Row = tuple[int, Mapping[str, Any], str]
 """Line, counted from 1, columns, and the fault or nothing."""
 
 
+def _read_file(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    kind = _kind_of(path, file_format)
+    try:
+        yield from _READERS[kind](path, file_format)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{_undecodable_line(path, file_format.encoding)}: it is not in {file_format.encoding}"
+            f" ({error.reason}). Say in which encoding the file is: encoding in file_format, such as latin-1 or utf-16."
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        raise ValueError(
+            f"{path} cannot be read as {kind}: {error}. Write it anew, or mend kind in file_format."
+        ) from error
+
+
+def _undecodable_line(path: Path, encoding: str) -> int:
+    """The first line that is not in ``encoding``, from 1; 0 if each is, taken by itself."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for line, text in enumerate(file, 1):
+            try:
+                text.decode(encoding)
+            except UnicodeDecodeError:
+                return line
+    return 0
+
+
 def _read_separated(path: Path, file_format: FileFormat) -> Iterator[Row]:
     is_csv = _kind_of(path, file_format) == "csv"
     quote = file_format.quote if file_format.quote is not None else ('"' if is_csv else None)
+    csv.field_size_limit(_LONGEST_FIELD)
     with _open(path, file_format) as file:
         reader = csv.reader(
             file,
@@ -208,6 +236,9 @@ def _read_separated(path: Path, file_format: FileFormat) -> Iterator[Row]:
         columns = list(file_format.columns) if file_format.columns is not None else next(reader, None)
         if columns is None:
             raise ValueError(f"{path} is empty: it has no header. Give columns if it needs none.")
+        twice = [name for name in columns if name and columns.count(name) > 1]
+        if twice:
+            raise ValueError(f"{path}:1: the column {twice[0]!r} is there twice. Rename one of them.")
         for line, fields, fault in _fields(reader):
             if len(fields) != len(columns):
                 fault = fault or f"it has {len(fields)} fields, not {len(columns)} ({', '.join(columns)})"
@@ -218,7 +249,7 @@ def _read_separated(path: Path, file_format: FileFormat) -> Iterator[Row]:
 def _fields(reader: Any) -> Iterator[tuple[int, list[str], str]]:
     """Line, fields and fault of each record that a ``csv.reader`` finds."""
     while True:
-        line, limit = reader.line_num + 1, csv.field_size_limit(_MOST_CHARACTERS)
+        line = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -226,8 +257,6 @@ def _fields(reader: Any) -> Iterator[tuple[int, list[str], str]]:
         except csv.Error as error:
             yield line, [], f"up to line {reader.line_num}: {error}; a quote inside quotes is written twice"
             continue
-        finally:
-            csv.field_size_limit(limit)  # of the process
         if fields:
             yield line, fields, ""
 
@@ -311,10 +340,14 @@ def _read_conll(path: Path, file_format: FileFormat) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, file_format: FileFormat) -> Iterator[Row]:
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
 
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file: {error}. Write it anew, or mend kind in file_format.") from error
+    for batch in file.iter_batches():
         for row in batch.to_pylist():
             number += 1
             yield number, row, ""
@@ -332,9 +365,11 @@ _READERS = {
 
 
 def _open(path: Path, file_format: FileFormat) -> IO[str]:
+    # Spreadsheets put a byte order mark before UTF-8, which would become part of the first column's name.
+    encoding = "utf-8-sig" if codecs.lookup(file_format.encoding).name == "utf-8" else file_format.encoding
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=file_format.encoding, newline="")
-    return path.open(encoding=file_format.encoding, newline="")
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 def _digest(path: Path) -> bytes:

@@ -239,11 +239,16 @@ class TextDataModule(pl.LightningDataModule):
         """
         if split not in self._tables:
             table = self._read(split)
-            if len(table):
+            read = len(table)
+            if read:
                 self._check_columns(split, table)
                 table = self.select(split, table)
             if len(table) == 0:
-                raise ValueError(f"The split {split!r} is empty: {self._origin(split)}.")
+                advice = f" All of its {read} rows went to validation_fraction." if read else ""
+                raise ValueError(
+                    f"The split {split!r} is empty: {self._origin(split)}.{advice} It needs at least one row, or to be"
+                    " left out."
+                )
             self._tables[split] = table
         return self._tables[split]
 

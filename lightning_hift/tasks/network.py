@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -86,7 +90,7 @@ def read_config(source: NetworkSource, auto_class: str | None, **fields: Any) ->
             raise ValueError(f"Got model={source.model!r}, which transformers cannot read: {error}") from error
         if auto_class is not None and not hasattr(config, "auto_map"):  # a model that brings its own code
             _check_head(config.model_type, auto_class, f"model={source.model!r}")
-    unknown = [key for key in source.model_config if not (hasattr(config, key) or hasattr(config, f"_{key}"))]
+    unknown = [key for key in source.model_config if not _is_field(key, config)]
     if unknown:  # transformers would keep it as an attribute that nothing reads
         raise ValueError(
             f"Got {unknown[0]!r} in model_config, which is no field of {type(config).__name__}."
@@ -94,6 +98,9 @@ def read_config(source: NetworkSource, auto_class: str | None, **fields: Any) ->
         )
     # A cache of keys and values serves generation; in training it only costs memory.
     changed = {"use_cache": False, **source.model_config, **fields}
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        # T5's own convention; its configurations on the hub say so, the defaults of its class do not.
+        changed.setdefault("decoder_start_token_id", changed.get("pad_token_id", config.pad_token_id))
     try:
         if source.model_type is not None:
             return AutoConfig.for_model(source.model_type, **changed)
@@ -230,6 +237,15 @@ def _check_head(model_type: str, auto_class: str, got: str) -> None:
         f"Got {got}, which is no model for {_HEADS[auto_class][1]} of the installed transformers. {advice} All types:"
         f" transformers.models.auto.modeling_auto.MODEL_FOR_{_HEADS[auto_class][0]}_MAPPING_NAMES."
     )
+
+
+def _is_field(key: str, config: Any) -> bool:
+    if hasattr(config, key) or hasattr(config, f"_{key}"):
+        return True
+    # Some are only in configurations of the hub, and read from there with a default of the network's code.
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    code = inspect.getsource(importlib.import_module(name)) if find_spec(name) is not None else ""
+    return re.search(rf"""config(\.|, ["']){re.escape(key)}\b""", code) is not None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -44,11 +44,22 @@ class SequenceClassification(TransformerModule):
 
     @override
     def config_fields(self) -> dict[str, Any]:
+        of_data = getattr(getattr(self._trainer, "datamodule", None), "regression", self.regression)
+        if of_data != self.regression:
+            raise ValueError(
+                f"Got regression={self.regression} for the module and regression={of_data} for the data module. Set"
+                " both alike: numbers are no classes."
+            )
         if self.regression:
             return {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
         names = label_names(self, self.labels)
         if names is None:
             return {"problem_type": "single_label_classification"}
+        if len(names) < 2:
+            raise ValueError(
+                f"Got the labels {names} of the data; a classification needs at least two. Name all in label_names of"
+                " the data module."
+            )
         warn_of_other_order(self.source, self.config, names)
         return {
             "id2label": dict(enumerate(names)),

@@ -58,7 +58,7 @@ class TransformerModule(HiFTModule):
             recomputes only as many as must be.
         revision: Branch, tag or commit on the hub.
         adapter: ``peft_type`` and arguments of an adapter of the peft library; only it (and a new head) is trained.
-        optimizer: Builds the optimizer from parameter groups. Its weight decay spares norms and biases.
+        optimizer: Builds the optimizer from parameter groups; default: AdamW. Its weight decay spares norms and biases.
         lr_scheduler: Builds the scheduler from the optimizer; or the name of a schedule over the whole run, as in
             transformers' ``get_scheduler``. Default: a constant learning rate.
         warmup: For a schedule by name: the share of the steps in which the learning rate rises from 0.
@@ -90,7 +90,7 @@ class TransformerModule(HiFTModule):
         gradient_checkpointing: bool = False,
         revision: str | None = None,
         adapter: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         warmup: float = 0.06,
         interval: Literal["step", "epoch"] = "step",
@@ -118,7 +118,8 @@ class TransformerModule(HiFTModule):
             revision,
         )
         self.adapter = adapter
-        self.optimizer = optimizer
+        # No default in the signature: jsonargparse would hand its weight decay and eps on to whichever class is chosen.
+        self.optimizer: OptimizerCallable = torch.optim.AdamW if optimizer is None else optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
         self.interval = interval
@@ -145,7 +146,7 @@ class TransformerModule(HiFTModule):
         for part in position_embeddings(network):
             if limit == part.num_embeddings and part.padding_idx is not None:
                 return int(limit) - part.padding_idx - 1
-        return None if limit is None else int(limit)
+        return None if limit is None or limit < 1 else int(limit)
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of the configuration that follow from the task, such as label names."""
@@ -182,7 +183,8 @@ class TransformerModule(HiFTModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         given = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
-        return [] if any(isinstance(callback, TrainingSpeed) for callback in given) else [TrainingSpeed()]
+        has_one = any(isinstance(callback, TrainingSpeed) for callback in given)
+        return [*super().configure_callbacks(), *([] if has_one else [TrainingSpeed()])]
 
     @override
     def forward(self, batch: Mapping[str, Any]) -> Any:
@@ -251,6 +253,7 @@ class TransformerModule(HiFTModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``lightning-hift export`` needs beside the weights."""
+        super().on_save_checkpoint(checkpoint)
         if self.network is not None:
             checkpoint[EXPORT_KEY] = asdict(ExportRecord.of(self, self.tokenizer_files))
         if self._ranks is not None:
@@ -258,6 +261,7 @@ class TransformerModule(HiFTModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if self.network is not None and EXPORT_KEY in checkpoint:
             check_labels(checkpoint[EXPORT_KEY], self.network)
         if self._ranks is not None and _RANKS_KEY in checkpoint:
@@ -351,7 +355,7 @@ class TransformerModule(HiFTModule):
         if not is_free or "vocab_size" in self.source.model_config:
             raise ValueError(
                 f"Got a tokenizer of {needed} tokens for a network of {there}. Use the network's own tokenizer, or"
-                " random_weights."
+                " random_weights; leave vocab_size out of model_config."
             )
         return {"vocab_size": needed}
 
