@@ -251,6 +251,21 @@ def test_module_and_data_agree_on_what_a_label_is(folder: Path, tmp_path: Path, 
         trainer(max_steps=1).fit(task, reviews(tmp_path, regression=not regression, files=files))
 
 
+def test_without_training_rows_the_labels_are_those_of_the_model(folder: Path, tmp_path: Path) -> None:
+    run, task = trainer(max_steps=1), SequenceClassification(model=str(folder))
+    run.fit(task, reviews(tmp_path, label_names=["good", "bad"]))
+    saved = task.save_pretrained(tmp_path / "saved")
+    data = reviews(tmp_path)
+    data.files = {"test": data.files["test"], "predict": data.files["test"]}  # type: ignore[index]
+    again = SequenceClassification(model=str(saved))
+    trainer().test(again, data, verbose=False)
+    assert data.label_names == ["good", "bad"]
+    assert again.network.config.id2label == {0: "good", 1: "bad"}  # type: ignore[union-attr]
+    del data.label_names
+    with pytest.raises(ValueError, match=r"Got no label_names, no training rows .* Give label_names, in the order of"):
+        trainer().predict(SequenceClassification(model=str(folder)), data)
+
+
 def test_metrics_are_those_of_all_rows(folder: Path, tmp_path: Path) -> None:
     task = SequenceClassification(model=str(folder))
     data = reviews(tmp_path, eval_batch_size=3)

@@ -25,7 +25,8 @@ class ClassificationDataModule(TextDataModule):
         text_pair: Column of a second text.
         label: Column of the label; rows to predict need none.
         label_names: Classes in the order of their indices; a label is one of these names, or, unless names are
-            numbers, an index. Default: what the data set declares, or the labels found in training, sorted.
+            numbers, an index. Default: what the data set declares, or the labels found in training, sorted;
+            without training rows, those of the model.
         regression: The label is a number.
         shots_per_class: Train on so many rows of each class only, drawn by ``seed``: few-shot learning.
         kwargs: See ``TextDataModule``.
@@ -69,6 +70,8 @@ class ClassificationDataModule(TextDataModule):
             return None
         if self.given_label_names is not None:
             return [str(name) for name in self.given_label_names]
+        if not self._has("train"):
+            return labels_of_model(self)
         table = self.table("train")
         names = getattr(table.features[self.label], "names", None)
         if names is not None:
@@ -145,6 +148,23 @@ def check_order(given: Sequence[str], declared: Sequence[str] | None) -> None:
             f"Got the labels {', '.join(names)}, but the data set's are indices of {', '.join(declared)}. Give them in"
             " the data set's order, or leave label_names out."
         )
+
+
+def labels_of_model(data: TextDataModule) -> list[str]:
+    """Names of the classes where there are no training rows: those that the module's model was saved with.
+
+    Raises:
+        ValueError: It was saved without names.
+    """
+    module = None if data.trainer is None else data.trainer.lightning_module
+    saved = {} if getattr(module, "source", None) is None else getattr(module.config, "id2label", {})  # type: ignore[union-attr]
+    names = [str(name) for name in saved.values()]
+    if not names or names == [f"LABEL_{i}" for i in range(len(names))]:
+        raise ValueError(
+            "Got no label_names, no training rows to find them in, and no model that was saved with them. Give"
+            " label_names, in the order of training, or the file of training rows."
+        )
+    return names
 
 
 def label_index(value: Any, names: Sequence[str], column: str) -> int:

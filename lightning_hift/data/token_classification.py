@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_hift.data.bad_rows import BadRow
 from lightning_hift.data.batches import NO_LABEL
-from lightning_hift.data.classification import check_order, label_index
+from lightning_hift.data.classification import check_order, label_index, labels_of_model
 from lightning_hift.data.text import TRUNCATED, Split, TextDataModule
 from lightning_hift.data.tokenizer import need_offsets
 
@@ -33,7 +33,7 @@ class TokenClassificationDataModule(TextDataModule):
         words: Column of the words.
         tags: Column of the tags; rows to predict need none.
         label_names: Tags in the order of their indices; a tag is one of these names, or an index. Default: what the
-            data set declares, or the tags found in training, sorted.
+            data set declares, or the tags found in training, sorted; without training rows, those of the model.
         label_all_tokens: A word's tag labels all its tokens, not only the first.
         separator: Between words; ``""`` for languages that write none.
         kwargs: See ``TextDataModule``.
@@ -67,6 +67,8 @@ class TokenClassificationDataModule(TextDataModule):
         """Names of the tags in the order of their indices."""
         if self.given_label_names is not None:
             return [str(name) for name in self.given_label_names]
+        if not self._has("train"):
+            return labels_of_model(self)
         table = self.table("train")
         declared = self._declared(table)
         if declared is not None:

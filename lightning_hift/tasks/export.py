@@ -158,17 +158,19 @@ def export_checkpoint(
 
 
 def check_labels(saved: Mapping[str, Any], network: Any) -> None:
-    """Refuse a network with the labels of a checkpoint's record in another order: every prediction would be misnamed.
+    """Refuse a network with other labels than those of a checkpoint's record: every prediction would be misnamed.
 
     Raises:
-        ValueError: The order differs.
+        ValueError: They differ, or their order does. (Not if one of the two has no names but ``LABEL_0`` and so on.)
     """
     there = list((json.loads(saved["config"]).get("id2label") or {}).values())
     here = list((getattr(network.config, "id2label", None) or {}).values())
-    if there != here and sorted(there) == sorted(here):
+    unnamed = [f"LABEL_{i}" for i in range(len(there))]
+    if there != here and len(there) == len(here) and unnamed not in (there, here):
+        other = "them in another order" if sorted(there) == sorted(here) else "others"
         raise ValueError(
-            f"The checkpoint has the labels {', '.join(there)}, but this run has them in another order:"
-            f" {', '.join(here)}. Give the checkpoint's order: label_names of the data module, or labels of the module."
+            f"The checkpoint has the labels {', '.join(there)}, but this run has {other}: {', '.join(here)}. Give the"
+            " checkpoint's order: label_names of the data module, or labels of the module."
         )
 
 
