@@ -27,6 +27,7 @@ from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
+from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
 from lightning_hift.schedule import Order, check_order
@@ -86,6 +87,7 @@ class HiFTCallback(Callback):
         self.seed = seed
         self._engines: list[HiFTEngine] = []
         self._running = False
+        self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
         self._backward_ran = False
         self._grad_norm: dict[int, Tensor] = {}
         self._backwards_without_step = 0
@@ -138,6 +140,15 @@ class HiFTCallback(Callback):
             )
         self._engines = []
         self._running = False
+        self._random_state = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_state": get_random_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_state = state_dict.get("random_state")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,6 +240,9 @@ class HiFTCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._random_state is not None:  # not before, as whatever happens at the start of a run may draw
+            set_random_state(self._random_state)
+            self._random_state = None
         for engine in self._engines:
             engine.activate()
         if self._budget is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -14,15 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-_RANDOM_KEY = "random_state"
-
 
 class HiFTModule(pl.LightningModule):
     """Base class with manual optimization: loss, backward, accumulation, clipping, step, learning rate.
 
     Subclasses write ``training_loss`` and ``configure_optimizers`` and get, bit for bit, what automatic optimization
-    does; and, other than there, a run that is resumed draws the same dropout as one that was never interrupted. Which
-    group trains is decided by the ``HiFTCallback`` or ``strategy="hift"``; without them this is plain full fine-tuning.
+    does. Which group trains is decided by the ``HiFTCallback`` or ``strategy="hift"``; without them this is plain
+    full fine-tuning.
 
     Args:
         accumulate_grad_batches: Micro-batches per optimizer step. The last window of an epoch may be shorter. (The
@@ -51,7 +48,6 @@ class HiFTModule(pl.LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.lr_monitor = lr_monitor
-        self._random_state: dict[str, Tensor] | None = None
 
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of one micro-batch, a scalar; ``None`` skips it. To be written by the subclass."""
@@ -59,9 +55,6 @@ class HiFTModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
-        if self._random_state is not None:  # here, so that nothing draws before the first loss does
-            self._set_random_state(self._random_state)
-            self._random_state = None
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer), "HiFTModule takes one optimizer"
         loss = self.training_loss(batch, batch_idx)
@@ -108,24 +101,6 @@ class HiFTModule(pl.LightningModule):
                         f" {sorted(self.trainer.callback_metrics)}."
                     )
                 config.scheduler.step(metric)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random numbers, so that a resumed run draws the same dropout."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint[_RANDOM_KEY] = states
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None and self._trainer.training:
-            self._random_state = checkpoint.get(_RANDOM_KEY)
-
-    def _set_random_state(self, states: dict[str, Tensor]) -> None:
-        torch.set_rng_state(states["cpu"].cpu())
-        if "cuda" in states and self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
 
     def _step_lr_schedulers(self, interval: str, index: int) -> None:
         for config in self.trainer.lr_scheduler_configs:

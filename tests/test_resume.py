@@ -95,6 +95,27 @@ def test_resumed_in_the_middle_of_sweep_and_epoch(module, optimizer, way, cut, s
 
 
 @pytest.mark.parametrize("way", ["strategy", "callback"])
+@pytest.mark.parametrize("cut", [4, 9])
+def test_a_resumed_run_draws_the_same_dropout(way, cut, tmp_path):
+    def fit(steps, seed, path=None):
+        model = Automatic()
+        for block in model.net.blocks:
+            block.register_forward_hook(lambda block, _, out: nn.functional.dropout(out, 0.3, block.training))
+        way_in = WAYS_IN[way]()
+        way_in["callbacks"].append(ModelCheckpoint(tmp_path, "cut", every_n_train_steps=steps))
+        run = trainer(**way_in, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
+        torch.manual_seed(seed)
+        run.fit(model, ResumableLoader(batches), ckpt_path=path, weights_only=path is not None)
+        return run
+
+    batches = tokens(9)
+    whole = fit(13, seed=1)
+    (tmp_path / "cut.ckpt").unlink()
+    fit(cut, seed=1)
+    assert_same_run(whole, fit(13, seed=2, path=tmp_path / "cut.ckpt"))
+
+
+@pytest.mark.parametrize("way", ["strategy", "callback"])
 @pytest.mark.parametrize("cut", [2, 4])
 def test_resumed_at_the_end_of_an_accumulation_window(way, cut, tmp_path):
     def start(steps, callbacks=()):

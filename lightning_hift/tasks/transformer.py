@@ -253,7 +253,6 @@ class TransformerModule(HiFTModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``lightning-hift export`` needs beside the weights."""
-        super().on_save_checkpoint(checkpoint)
         if self.network is not None:
             checkpoint[EXPORT_KEY] = asdict(ExportRecord.of(self, self.tokenizer_files))
         if self._ranks is not None:
@@ -261,7 +260,6 @@ class TransformerModule(HiFTModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
         if self.network is not None and EXPORT_KEY in checkpoint:
             check_labels(checkpoint[EXPORT_KEY], self.network)
         if self._ranks is not None and _RANKS_KEY in checkpoint:
