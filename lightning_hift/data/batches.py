@@ -31,6 +31,9 @@ class ShuffledExamples:
         seed: Each pass is shuffled by this seed and its number.
         collate: Makes a batch.
         fingerprint: What must be the same for a saved state to mean the same.
+        rank: Number of this process among those that train together.
+        world_size: Number of those processes. Each gets other batches, and as many: if there are not enough in a pass,
+            the last ones get those with which it began.
     """
 
     def __init__(
@@ -41,17 +44,22 @@ class ShuffledExamples:
         seed: int,
         collate: Collate,
         fingerprint: Mapping[str, Any],
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._examples = examples
         self._lengths = None if lengths is None else torch.as_tensor(lengths)
         self._batch_size = batch_size
         self._seed = seed
         self._collate = collate
-        self._fingerprint = {**fingerprint, "num_examples": len(examples), "batch_size": batch_size, "seed": seed}
+        self._rank = rank
+        self._world_size = world_size
+        sizes = {"num_examples": len(examples), "batch_size": batch_size, "world_size": world_size}
+        self._fingerprint = {**fingerprint, **sizes, "seed": seed}
         self._position = 0
 
     def __len__(self) -> int:
-        return -(-len(self._examples) // self._batch_size)
+        return -(-len(self._examples) // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         shuffled_pass, batches = -1, list[list[int]]()
@@ -60,7 +68,8 @@ class ShuffledExamples:
             if current_pass != shuffled_pass:
                 shuffled_pass, batches = current_pass, self._shuffle(current_pass)
             self._position += 1
-            yield self._collate([self._examples[i] for i in batches[place]])
+            mine = batches[(place * self._world_size + self._rank) % len(batches)]
+            yield self._collate([self._examples[i] for i in mine])
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next batch, counted from the start of training, and what gives it its meaning."""
@@ -99,17 +108,30 @@ class OrderedExamples:
         examples: What ``collate`` takes a list of.
         batch_size: Examples per batch.
         collate: Makes a batch.
+        rank: Number of this process among those that evaluate together.
+        world_size: Number of those processes. Each gets other batches, one perhaps one more than another; none twice.
+
+    Raises:
+        ValueError: There are fewer batches than processes; one without any would wait for the others forever.
     """
 
-    def __init__(self, examples: Sequence[Any], batch_size: int, collate: Collate) -> None:
+    def __init__(
+        self, examples: Sequence[Any], batch_size: int, collate: Collate, rank: int = 0, world_size: int = 1
+    ) -> None:
         self._examples = examples
         self._batch_size = batch_size
         self._collate = collate
+        self._starts = range(0, len(examples), batch_size)[rank::world_size]
+        if world_size > 1 and len(examples) <= batch_size * (world_size - 1):
+            raise ValueError(
+                f"Got {len(examples)} examples to evaluate in batches of {batch_size} by {world_size} processes, of"
+                " which each needs a batch. Give a smaller eval_batch_size, or evaluate with devices=1."
+            )
 
     def __len__(self) -> int:
-        return -(-len(self._examples) // self._batch_size)
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self._examples), self._batch_size):
+        for start in self._starts:
             stop = min(start + self._batch_size, len(self._examples))
             yield self._collate([self._examples[i] for i in range(start, stop)])

@@ -256,11 +256,13 @@ class TextDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ShuffledExamples:
         self.setup("fit")
         rows, data = self.rows("train"), self.data_fingerprint()
+        lengths = None
         if rows is not None:
-            return ShuffledExamples(rows, None, self.batch_size, self.seed, self.collate, {**data, "packing": True})
-        examples = self.examples["train"]
-        lengths = lengths_of(examples) if self.bucket_by_length else None
-        return ShuffledExamples(examples, lengths, self.batch_size, self.seed, self.collate, data)
+            data = {**data, "packing": True}
+        else:
+            rows = self.examples["train"]
+            lengths = lengths_of(rows) if self.bucket_by_length else None
+        return ShuffledExamples(rows, lengths, self.batch_size, self.seed, self.collate, data, *self._processes)
 
     @override
     def val_dataloader(self) -> OrderedExamples | list[Any]:
@@ -278,7 +280,13 @@ class TextDataModule(pl.LightningDataModule):
         if split not in self.examples:
             self.examples[split] = self._encode(split)
         rows = self.rows(split)
-        return OrderedExamples(self.examples[split] if rows is None else rows, self.eval_batch_size, self.collate)
+        examples = self.examples[split] if rows is None else rows
+        return OrderedExamples(examples, self.eval_batch_size, self.collate, *self._processes)
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """The number of this one, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _module(self) -> Any:

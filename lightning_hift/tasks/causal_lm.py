@@ -85,11 +85,11 @@ class CausalLM(TransformerModule):
         num_tokens = int((batch.get("labels", batch["input_ids"])[:, 1:] != IGNORED_LABEL).sum())
         if num_tokens == 0:
             return
-        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=num_tokens)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=num_tokens, sync_dist=True)
         self.metrics[stage]["perplexity"].update(loss.detach(), num_tokens)  # type: ignore[index]
         if self.bytes_per_token is not None:
             bits = loss / math.log(2) / self.bytes_per_token
-            self.log(f"{stage}_bits_per_byte", bits, prog_bar=True, batch_size=num_tokens)
+            self.log(f"{stage}_bits_per_byte", bits, prog_bar=True, batch_size=num_tokens, sync_dist=True)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, float]]:

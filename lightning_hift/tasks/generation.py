@@ -135,7 +135,7 @@ class ConditionalGeneration(TransformerModule):
         labels = batch["labels"] if self.has_encoder else batch["labels"][:, 1:]
         num_tokens = int((labels != IGNORED_LABEL).sum())
         if num_tokens:
-            self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=num_tokens)
+            self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=num_tokens, sync_dist=True)
         if not self._generates(stage) or "prompts" not in batch:
             return
         left = None if self.max_generated is None else max(0, self.max_generated - self._num_generated)

@@ -67,7 +67,7 @@ class PromptClassification(TransformerModule):
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
         scores = self.scores(batch)
         loss = cross_entropy(scores, batch["labels"])
-        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(scores))
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(scores), sync_dist=True)
         self.metrics[stage].update(scores.argmax(-1), batch["labels"])  # type: ignore[operator]
 
     @override

@@ -71,7 +71,9 @@ class QuestionAnswering(TransformerModule):
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
         logits = self._logits(batch)
-        self.log(f"{stage}_loss", _loss(batch, *logits), prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log(
+            f"{stage}_loss", _loss(batch, *logits), prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True
+        )
         if "answers" in batch:
             spans, null_scores = self._spans(batch, *logits, n=1)
             texts = [texts[0] for texts in _texts(batch, spans)]

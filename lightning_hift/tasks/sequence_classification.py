@@ -81,7 +81,7 @@ class SequenceClassification(TransformerModule):
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
         output = self(batch)
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
         scores = output.logits.float()
         self.metrics[stage].update(scores.squeeze(-1) if self.regression else scores.argmax(-1), batch["labels"])  # type: ignore[operator]
 

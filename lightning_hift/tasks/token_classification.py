@@ -75,7 +75,7 @@ class TokenClassification(TransformerModule):
         if num_labels == 0:
             return
         logits = self._logits(batch)
-        self.log(f"{stage}_loss", _loss(logits, labels), prog_bar=True, batch_size=num_labels)
+        self.log(f"{stage}_loss", _loss(logits, labels), prog_bar=True, batch_size=num_labels, sync_dist=True)
         if "word_numbers" in batch:
             labels = labels.masked_fill(batch["word_numbers"] == 0, IGNORED_LABEL)
         self.metrics[stage].update(logits.argmax(-1), labels)  # type: ignore[operator]

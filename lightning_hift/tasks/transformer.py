@@ -163,7 +163,7 @@ class TransformerModule(HiFTModule):
 
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
         """Log what is measured on one batch; ``self.metrics[stage]`` holds the metrics."""
-        self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     @override
     def configure_model(self) -> None:

@@ -1,0 +1,83 @@
+"""Several processes: each gets other rows, and metrics are those of all rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
+from tests.text_models import save_network
+
+ROOT = Path(__file__).parent.parent
+ROWS = [{"text": "good film" if i % 2 else "bad plot was awful", "label": int(i % 3 == 0)} for i in range(26)]
+
+
+def collate(examples: list[int]) -> dict[str, Any]:
+    return {"n": examples}
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(24, 2), (23, 4), (9, 3), (3, 4)])
+def test_processes_share_a_pass(count: int, world_size: int) -> None:
+    loaders = [ShuffledExamples(range(count), None, 3, 0, collate, {}, rank, world_size) for rank in range(world_size)]
+    drawn = [list(loader) for loader in loaders]
+    assert {len(batches) for batches in drawn} == {len(loaders[0])}
+    seen = [n for batches in drawn for batch in batches for n in batch["n"]]
+    assert set(seen) == set(range(count))
+    if count % (3 * world_size) == 0:
+        assert len(seen) == count
+
+
+def test_evaluation_takes_each_row_once() -> None:
+    loaders = [OrderedExamples(range(20), 3, collate, rank, 3) for rank in range(3)]
+    assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders] == [3, 2, 2]
+    assert sorted(n for loader in loaders for batch in loader for n in batch["n"]) == list(range(20))
+    with pytest.raises(ValueError, match="Got 6 examples to evaluate in batches of 3 by 3 processes"):
+        OrderedExamples(range(6), 3, collate, 0, 3)
+
+
+FIT = """
+import json, os, sys
+import lightning.pytorch as pl
+from lightning_hift.data import ClassificationDataModule
+from lightning_hift.tasks import SequenceClassification
+
+pl.seed_everything(0)
+data = ClassificationDataModule(
+    text="text",
+    label="label",
+    files={"train": "rows.jsonl", "validation": "rows.jsonl"},
+    batch_size=4,
+    cache_dir="cache",
+)
+task = SequenceClassification(model="model")
+several = {"strategy": "ddp", "devices": 2} if sys.argv[1] == "2" else {}
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **several, **quiet)
+(found,) = trainer.validate(task, data, verbose=False)
+trainer.fit(task, data)
+weights = sum(p.double().sum().item() for p in task.parameters())
+with open(f"found-{sys.argv[1]}-{trainer.global_rank}.json", "w") as file:
+    json.dump({"metrics": found, "weights": weights, "steps": trainer.global_step}, file)
+"""
+
+
+def test_metrics_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "fit.py").write_text(FIT)
+    save_network(tmp_path / "model")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for processes in ("1", "2"):
+        command = [sys.executable, "fit.py", processes]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, first, second = (json.loads((tmp_path / f"found-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert first == second
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-5)  # float32 sums in another order
+    assert set(one["metrics"]) == {"val_loss", "val_accuracy", "val_f1", "val_matthews"}
+    assert (one["steps"], first["steps"]) == (7, 4)
