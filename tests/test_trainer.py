@@ -597,8 +597,13 @@ def test_more_than_one_device():
 
 
 def test_two_callbacks():
-    with pytest.raises(Exception, match="more than one HiFTCallback"):
-        trainer(callbacks=[HiFTCallback(), HiFTCallback()]).fit(Automatic(), loader(2))
+    class Other(HiFTCallback):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="more than one HiFTCallback"):
+        trainer(callbacks=[HiFTCallback(), Other()]).fit(Automatic(), loader(2))
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HiFTCallback`"):
+        trainer(callbacks=[HiFTCallback(), HiFTCallback()])
 
 
 def test_optimizer_behind_the_back_of_lightning():
