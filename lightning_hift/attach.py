@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine
 from lightning_hift.grouping import (
+    GroupSize,
     LayerGroup,
     LayerUnit,
     find_layer_units,
@@ -28,7 +29,7 @@ def attach_engines(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
-    group_size: int = 1,
+    group_size: GroupSize = 1,
     order: Order = "bottom2up",
     reshuffle: bool = False,
     steps_per_group: int = 1,
@@ -48,7 +49,7 @@ def attach_engines(
         model: The module that owns the parameters.
         optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
         group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
-            gradients and state on the device.
+            gradients and state on the device. ``"balanced"``: see ``group_units``.
         order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
         reshuffle: Draw a new random order for each sweep.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of state.
@@ -117,7 +118,7 @@ def find_groups(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
-    group_size: int = 1,
+    group_size: GroupSize = 1,
     units: Sequence[str | Sequence[str]] | None = None,
     frozen: Sequence[str] | None = None,
     always_active: Sequence[str] | None = None,
@@ -138,7 +139,7 @@ def find_groups(
             p.requires_grad_(True)
 
 
-def _divide(units: list[LayerUnit], fixed: list[LayerUnit], group_size: int) -> OptimizerGroups:
+def _divide(units: list[LayerUnit], fixed: list[LayerUnit], group_size: GroupSize) -> OptimizerGroups:
     rotating = [unit for unit in units if unit not in fixed]
     if not rotating:
         raise ValueError(

@@ -24,7 +24,7 @@ from lightning_hift.attach import attach_engines
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
-from lightning_hift.grouping import LayerGroup
+from lightning_hift.grouping import GroupSize, LayerGroup, check_group_size
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
 from lightning_hift.random_state import get_random_state, set_random_state
@@ -44,6 +44,8 @@ class HiFTCallback(Callback):
     Args:
         group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
             gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
+            ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
+            the embedding is large, in the memory of groups of 1.
         order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
@@ -61,7 +63,7 @@ class HiFTCallback(Callback):
 
     def __init__(
         self,
-        group_size: int = 1,
+        group_size: int | str = 1,
         order: Order | str = "bottom2up",
         reshuffle: bool = False,
         steps_per_group: int = 1,
@@ -73,10 +75,10 @@ class HiFTCallback(Callback):
     ) -> None:
         check_order(order, reshuffle)
         check_hold_lr(hold_lr)
-        for name, value in (("group_size", group_size), ("steps_per_group", steps_per_group)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Got {name}={value!r}; it must be a whole number of at least 1.")
-        self.group_size = group_size
+        check_group_size(group_size)
+        if not isinstance(steps_per_group, int) or isinstance(steps_per_group, bool) or steps_per_group < 1:
+            raise ValueError(f"Got steps_per_group={steps_per_group!r}; it must be a whole number of at least 1.")
+        self.group_size = cast(GroupSize, group_size)
         self.order = cast(Order, order)
         self.reshuffle = reshuffle
         self.steps_per_group = steps_per_group

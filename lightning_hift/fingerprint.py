@@ -18,7 +18,7 @@ def make_fingerprint(
 ) -> dict[str, Any]:
     """Everything that gives a position in the sweep its meaning, in plain values."""
     return {
-        "group_size": len(groups[0].units),
+        "group_size": _size_of(groups),
         "order": schedule.order,
         "reshuffle": schedule.reshuffle,
         "steps_per_group": schedule.steps_per_group,
@@ -59,6 +59,13 @@ def cast_state(state: Mapping[Any, Any], saved: str | None, dtype: torch.dtype) 
         return value.to(dtype) if follows and saved in (None, str(value.dtype)) else value
 
     return {key: cast(key, value) for key, value in state.items()}
+
+
+def _size_of(groups: Sequence[LayerGroup]) -> int | str:
+    """Units per group; of groups of different sizes, all of them. (The last one may be what was left.)"""
+    first, *rest = [len(group.units) for group in groups]
+    alike = all(size == first for size in rest[:-1]) and all(size <= first for size in rest)
+    return first if alike else " + ".join(map(str, [first, *rest]))
 
 
 def _names_of(units: Iterable[LayerUnit]) -> list[tuple[str, list[str]]]:

@@ -11,10 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal, cast
 
 from torch import nn
 
 from lightning_hift.unit_search import has_parameters, join_path, search_units
+
+BALANCED = "balanced"
+GroupSize = int | Literal["balanced"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +102,40 @@ def find_layer_units(
     return found
 
 
-def group_units(units: Sequence[LayerUnit], group_size: int = 1) -> list[LayerGroup]:
-    """Join ``group_size`` neighbouring units (m in the paper) at a time into ceil(n / m) fixed groups.
+def group_units(units: Sequence[LayerUnit], group_size: GroupSize = 1) -> list[LayerGroup]:
+    """Join neighbouring units into fixed groups.
+
+    Args:
+        units: From the input to the output.
+        group_size: Units per group (m in the paper), for ceil(n / m) groups; or ``"balanced"``, as many as together
+            have no more parameters than the largest unit, which needs no more memory than groups of 1.
 
     Raises:
-        ValueError: ``group_size`` is below 1.
+        ValueError: ``group_size`` is something else.
     """
-    if group_size < 1:
-        raise ValueError(f"Got group_size={group_size}; a group needs at least 1 layer unit.")
-    starts = range(0, len(units), group_size)
-    return [LayerGroup(i, tuple(units[start : start + group_size])) for i, start in enumerate(starts)]
+    check_group_size(group_size)
+    limit = max((unit.numel for unit in units), default=0)
+    parts: list[list[LayerUnit]] = []
+    for unit in units:
+        if group_size == BALANCED:
+            is_full = not parts or sum(u.numel for u in parts[-1]) + unit.numel > limit
+        else:
+            is_full = not parts or len(parts[-1]) == group_size
+        if is_full:
+            parts.append([])
+        parts[-1].append(unit)
+    return [LayerGroup(i, tuple(part)) for i, part in enumerate(parts)]
+
+
+def check_group_size(group_size: object) -> None:
+    """Refuse what ``group_units`` cannot make groups of.
+
+    Raises:
+        ValueError: ``group_size`` is neither a whole number of at least 1 nor ``"balanced"``.
+    """
+    is_number = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if group_size != BALANCED and not (is_number and cast(int, group_size) >= 1):
+        raise ValueError(f"Got group_size={group_size!r}; it must be a whole number of at least 1, or {BALANCED!r}.")
 
 
 def select_units(units: Sequence[LayerUnit], patterns: Sequence[str]) -> list[LayerUnit]:

@@ -261,7 +261,7 @@ def test_groups_from_python(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ("fit --hift.order=up", "'bottom2up', 'top2down', 'random'"),
-        ("fit --hift.group_size=big", "hift.group_size"),
+        ("fit --hift.group_size=big", "Got group_size='big'; it must be a whole number of at least 1, or 'balanced'"),
         ("fit --hift.group_size=0", "Got group_size=0; it must be a whole number of at least 1"),
         ("fit --hift.reshuffle=true", "only order='random' can be shuffled again"),
         ("fit --hift.hold_lr=never", "'replay', 'once', 'off'"),

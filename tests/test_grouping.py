@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -404,10 +406,27 @@ def test_nothing_trainable_among_the_given_parameters() -> None:
         find_layer_units(nn.Linear(2, 2), parameters=nn.Linear(2, 2).parameters())
 
 
-@pytest.mark.parametrize("group_size", [0, -1])
-def test_group_size_below_one(group_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"group_size={group_size}.*at least 1"):
+@pytest.mark.parametrize("group_size", [0, -1, 1.5, True, "equal"])
+def test_bad_group_size(group_size: Any) -> None:
+    with pytest.raises(ValueError, match=rf"group_size={group_size!r}.*at least 1, or 'balanced'"):
         group_units(find_layer_units(nn.Linear(2, 2)), group_size)
+
+
+def test_balanced_groups_need_no_more_than_the_largest_unit(found: Found) -> None:
+    _, _, units = found
+    groups = group_units(units, "balanced")
+    assert [unit for group in groups for unit in group.units] == units
+    largest = max(unit.numel for unit in units)
+    assert max(group.numel for group in groups) == largest
+    for group, following in pairwise(groups):
+        assert group.numel + following.units[0].numel > largest
+
+
+def test_balanced_groups_of_a_model_with_a_large_embedding() -> None:
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(7))  # 20 parameters each
+    model = nn.ModuleDict({"embedding": nn.Embedding(16, 4), "blocks": blocks, "head": nn.Linear(4, 2)})
+    groups = group_units(find_layer_units(model), "balanced")
+    assert [len(group.units) for group in groups] == [1, 3, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "llama, large vocabulary": {"model": ("llama", {**LLAMA, "vocab_size": 4096})},
     "gpt2": {"model": ("gpt2", GPT2)},
+    "llama with a large embedding, balanced groups": {
+        "model": ("llama", {**LLAMA, "vocab_size": 4000}),
+        "group_size": "balanced",
+    },
     "gpt2 in bf16, groups of 3": {"model": ("gpt2", GPT2), "precision": "bf16-true", "group_size": 3},
     "bert": {"model": ("bert", BERT), "batch_size": 8},
     "bert in bf16, full fine-tuning": {"model": ("bert", BERT), "precision": "bf16-true", "group_size": 99},

@@ -16,7 +16,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTStrategy, StreamingCheckpointIO
+from lightning_hift import HiFTCallback, HiFTStrategy, StreamingCheckpointIO, SweepSchedule
+from lightning_hift.fingerprint import make_fingerprint
+from lightning_hift.grouping import LayerGroup, LayerUnit
 from tests.models import Automatic, Manual, ResumableLoader, assert_same_weights, loader, tokens, trainer, weights
 from tests.test_trainer import LaggingStrategy
 
@@ -189,6 +191,16 @@ def test_checkpoint_of_another_grouping_is_refused(tmp_path):
     other = trainer(callbacks=[HiFTCallback(group_size=2, order="top2down")])
     with pytest.raises(ValueError, match=r"group_size: 1 against 2; order: 'bottom2up' against 'top2down'"):
         other.fit(Automatic(), loader(3), ckpt_path=tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 1, 1], 1), ([2, 2, 1], 2), ([3], 3), ([1, 3, 3], "1 + 3 + 3"), ([1, 3], "1 + 3"), ([3, 1, 3], "3 + 1 + 3")],
+)
+def test_sizes_of_groups_tell_groupings_apart(sizes, expected):
+    units = [LayerUnit(f"unit{i}", (), {f"p{i}": nn.Parameter(torch.ones(1))}) for i in range(sum(sizes))]
+    groups = [LayerGroup(i, tuple(units[sum(sizes[:i]) : sum(sizes[: i + 1])])) for i in range(len(sizes))]
+    assert make_fingerprint(SweepSchedule(len(groups)), groups, ())["group_size"] == expected
 
 
 def test_validate_with_a_checkpoint(tmp_path):

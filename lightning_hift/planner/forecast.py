@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lightning_hift.allocations import Needs
-from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.grouping import GroupSize, LayerGroup, LayerUnit, check_group_size
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.memory import (
     CONTEXT_BYTES,
@@ -29,7 +29,7 @@ class Setup:
 
     Args:
         precision: Lightning's name of the precision.
-        group_size: Layer units per group. At the number of units or above, this is full fine-tuning.
+        group_size: Layer units per group, or ``"balanced"``. At the number of units or above, this is full fine-tuning.
         offload: Where the optimizer state of inactive groups is.
         prefetch: Whether the next group's state is on the device beside the activations.
         master_weights: What is kept beside 16-bit weights.
@@ -44,7 +44,7 @@ class Setup:
     """
 
     precision: str = "32-true"
-    group_size: int = 1
+    group_size: GroupSize = 1
     offload: Literal["host", "disk", "none"] = "host"
     prefetch: bool = True
     master_weights: MasterWeights = "auto"
@@ -55,7 +55,8 @@ class Setup:
     eight_bit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "batch_size", "sequence_length", "max_group_numel", "activation_budget"):
+        check_group_size(self.group_size)
+        for name in ("batch_size", "sequence_length", "max_group_numel", "activation_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Got {name}={value}; it must be at least 1.")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_hift.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.attach import find_groups
-from lightning_hift.grouping import LayerGroup, LayerUnit, group_units
+from lightning_hift.grouping import GroupSize, LayerGroup, LayerUnit, group_units
 from lightning_hift.memory import StateBytes
 from lightning_hift.optimizer_checks import check_optimizer
 from lightning_hift.planner.made_up_batch import ComputeLoss, find_loss
@@ -102,8 +102,8 @@ class Workload:
             raise ValueError(f"Got {len(found)} optimizers from configure_optimizers; the planner takes one.")
         return found[0] if found else torch.optim.AdamW(self.model.parameters())
 
-    def groups(self, group_size: int) -> list[LayerGroup]:
-        """Layer groups of ``group_size`` units each."""
+    def groups(self, group_size: GroupSize) -> list[LayerGroup]:
+        """Layer groups; see ``group_units``."""
         return group_units(self.units, group_size)
 
     def tensor_bytes(self, dtype: torch.dtype) -> int:
@@ -127,7 +127,7 @@ class Workload:
     def needs(
         self,
         precision: str,
-        group_size: int,
+        group_size: GroupSize,
         batch_size: int,
         sequence_length: int,
         checkpointed: bool = False,
@@ -137,7 +137,7 @@ class Workload:
 
         Args:
             precision: Lightning's name.
-            group_size: Layer units per group. At the number of units, there is one group.
+            group_size: Layer units per group, or ``"balanced"``. At the number of units, there is one group.
             batch_size: Rows per micro-batch.
             sequence_length: Tokens per row.
             checkpointed: Run every repeated block under activation checkpointing.
