@@ -108,12 +108,13 @@ def format_report(records: Sequence[dict[str, Any]]) -> str:
     ]
     passport = records[0]["passport"]
     about = ", ".join(f"{name} {value}" for name, value in passport["versions"].items())
+    commits = ", ".join(dict.fromkeys(str(record["passport"]["commit"]) for record in records))
     return (
         f"```text\n{format_table(header, rows)}\n```\n\nAt the end of the run, on the validation split of the task;"
         " scores are percentages, losses nats per token. Time: seconds of training by the clock, validation left out,"
         " against full fine-tuning with the same seed; processor: the same of the processor's seconds."
         f" Model: {records[0]['model']}; {records[0]['threads']} thread(s) per run, {passport['device']},"
-        f" commit {passport['commit']}; {about}.\n"
+        f" commit {commits}; {about}.\n"
     )
 
 
