@@ -368,7 +368,7 @@ def test_activation_budget() -> None:
 )
 def test_what_is_below_one_is_refused(options: Any) -> None:
     (name,) = options
-    with pytest.raises(ValueError, match=f"Got {name}=0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"Got {name}=0; it must be (a whole number of )?at least 1"):
         Setup(**options)
 
 
