@@ -12,9 +12,10 @@ import torch
 
 from lightning_hift.benchmark import memory, memory_plan
 from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
-from lightning_hift.benchmark.memory_report import append_record, format_report, read_records, value_of, verdict
+from lightning_hift.benchmark.memory_report import format_report, latest_records, value_of, verdict
 from lightning_hift.benchmark.memory_rows import GIB, ROWS, Row, Target, tiny
 from lightning_hift.benchmark.passport import make_passport
+from lightning_hift.benchmark.records import append_record
 from lightning_hift.planner.forecast import Setup
 
 PASSPORT = {
@@ -42,7 +43,7 @@ def cells(table: str, name: str) -> list[str]:
 
 def test_tiny_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory.main(["--tiny", "--rows", "llama3,speed-full,check-busy", "--output", str(tmp_path)])
-    records = read_records(tmp_path / "memory_tiny.jsonl")
+    records = latest_records(tmp_path / "memory_tiny.jsonl")
     assert list(records) == ["llama3", "speed-full", "check-busy"]
     assert {one["status"] for one in records.values()} == {"measured"}, records
     hift, full, check = (records[name]["measured"] for name in records)
@@ -116,7 +117,7 @@ def test_without_a_gpu_rows_are_not_measured(
     monkeypatch.setattr(memory, "ROWS", tuple(tiny(one) for one in ROWS))  # planning the real ones takes a minute
     memory.main(["--output", str(tmp_path)])
     assert "There is no CUDA device here: all rows are written as not measured." in capsys.readouterr().out
-    records = read_records(tmp_path / "memory_gpu.jsonl")
+    records = latest_records(tmp_path / "memory_gpu.jsonl")
     assert {one["status"] for one in records.values()} == {"not measured"}
     assert len(records) == len(ROWS)
     assert "not measured: no CUDA device was at hand" in (tmp_path / "memory_gpu.md").read_text()
@@ -133,7 +134,7 @@ def test_the_last_record_of_a_row_counts_unless_it_was_not_measured(tmp_path: Pa
     append_record(path, record("fp32", reserved=2))
     append_record(path, record("split", reserved=3))
     append_record(path, {**record("fp32"), "status": "not measured"})
-    found = read_records(path)
+    found = latest_records(path)
     assert {name: one["measured"]["reserved"] for name, one in found.items()} == {"split": 3, "fp32": 2}
     assert all(json.loads(line) for line in path.read_text().splitlines())
 

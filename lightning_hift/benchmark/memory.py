@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
-from lightning_hift.benchmark.memory_report import NOT_MEASURED, Record, append_record, format_report, read_records
+from lightning_hift.benchmark.memory_report import NOT_MEASURED, format_report, latest_records
 from lightning_hift.benchmark.memory_rows import ROWS, Row, tiny
 from lightning_hift.benchmark.passport import make_passport
+from lightning_hift.benchmark.records import Record, append_record
 
 _OUT_OF_MEMORY = "out of memory"
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record = {"status": NOT_MEASURED, "reason": "no CUDA device was at hand"}
         _print_progress(row, record)
         append_record(records, _complete(planned[row.name], record, passport))
-    found = read_records(records)
+    found = latest_records(records)
     shown = [_as_recorded(planned[row.name], found.get(row.name)) for row in rows]
     heading = "Memory and speed, tiny model: a test of the program" if options.tiny else "Memory and speed on one GPU"
     table = options.output / f"{name}.md"

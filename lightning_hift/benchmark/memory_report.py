@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import GIB, Target
+from lightning_hift.benchmark.records import Record, read_records
 from lightning_hift.memory import CONTEXT_BYTES
 from lightning_hift.table import format_bytes
-
-Record = dict[str, Any]
-"""``row``, ``config``, ``planned``, ``status`` ("measured", "failed", "skipped", "not measured"), ``reason``,
-``measured``, ``passport``."""
 
 _LABELS = {
     "reserved": "peak reserved",
@@ -28,17 +24,14 @@ _LABELS = {
 NOT_MEASURED = "not measured"
 
 
-def append_record(path: Path, record: Record) -> None:
-    """Add a line to the file of records."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def latest_records(path: Path) -> dict[str, Record]:
+    """The last record of each row; a row that was not measured this time does not hide one that was.
 
-
-def read_records(path: Path) -> dict[str, Record]:
-    """The last record of each row; a row that was not measured this time does not hide one that was."""
+    Each has ``row``, ``config``, ``planned``, ``status`` ("measured", "failed", "skipped", "not measured"), ``reason``,
+    ``measured``, ``passport``.
+    """
     found: dict[str, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        record = json.loads(line)
+    for record in read_records(path):
         if record["status"] == NOT_MEASURED and record["row"] in found:
             continue
         found[record["row"]] = record

@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning_hift.benchmark.passport import make_passport
+from lightning_hift.benchmark.records import Record, append_record, read_records
 from lightning_hift.table import format_table
 
 _METRICS = {"cola": ["val_matthews"], "stsb": ["val_pearson"], "viggo": ["val_loss", "val_bleu", "val_rougeL"]}
@@ -52,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in pool.map(lambda run: _fit(run, options), missing):
             run = Run(*record["run"])
             done[run] = record
-            with records.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(records, record)
             scores = [round(_score(record, metric), 3) for metric in _metrics(run.task)]
             print(*run, *scores, record["seconds"], flush=True)
     text = format_report([record for run, record in done.items() if run in wanted])
@@ -61,14 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file of JSON lines, which may not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def format_report(records: Sequence[dict[str, Any]]) -> str:
+def format_report(records: Sequence[Record]) -> str:
     """Mean and spread over seeds by task and method, beside full fine-tuning, and what they were measured on."""
-    by_kind: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_kind: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         by_kind.setdefault((record["run"][0], record["run"][1]), []).append(record)
     rows = []
@@ -118,18 +113,18 @@ def format_report(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _score(record: dict[str, Any], metric: str) -> float:
+def _score(record: Record, metric: str) -> float:
     value: float = record["metrics"][metric]
     return value if metric == _LOSS else 100 * value
 
 
-def _time_ratio(records: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], clock: str) -> str:
+def _time_ratio(records: Sequence[Record], base: Sequence[Record], clock: str) -> str:
     by_seed = {record["run"][2]: record["seconds"][clock] for record in base}
     ratios = [r["seconds"][clock] / by_seed[r["run"][2]] for r in records if r["run"][2] in by_seed]
     return f"{mean(ratios):.2f}" if ratios else "-"
 
 
-def _fit(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+def _fit(run: Run, options: argparse.Namespace) -> Record:
     parts = [_CONFIGS / "task" / f"{run.task}.yaml", _CONFIGS / "method" / f"{run.method}.yaml"]
     parts += [path for path in [_CONFIGS / "files" / f"{run.task}.yaml"] if path.exists() and not options.hub]
     parts += [path for path in [_CONFIGS / "tuned" / f"{run.task}_{run.method}.yaml"] if path.exists()]
