@@ -379,5 +379,10 @@ class HiFTCallback(Callback):
         self._running = False
 
 
+def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
+    """The ``HiFTCallback`` of a Trainer, if it has one."""
+    return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, HiFTCallback)), None)
+
+
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient

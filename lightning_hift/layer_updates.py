@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import find_callback
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerUnit, find_layer_units
 from lightning_hift.layer_updates_plot import plot_layer_updates
@@ -95,7 +95,7 @@ class LayerUpdates(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        hift = next((c for c in trainer.callbacks if isinstance(c, HiFTCallback)), None)  # type: ignore[attr-defined]
+        hift = find_callback(trainer)
         watched = (
             [self._watch_engine(engine) for engine in hift.engines]
             if hift is not None

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.attach import find_groups
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import HiFTCallback, find_callback
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.master_weights import MasterWeights, check_master_weights
 from lightning_hift.memory import parse_bytes
@@ -142,9 +142,8 @@ class HiFTStrategy(SingleDeviceStrategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
-        callbacks = model.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, HiFTCallback) for callback in callbacks):
-            callbacks.insert(0, HiFTCallback())
+        if find_callback(model.trainer) is None:
+            model.trainer.callbacks.insert(0, HiFTCallback())  # type: ignore[attr-defined]
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -224,4 +223,6 @@ class HiFTStrategy(SingleDeviceStrategy):
             rank_zero_info(told)
 
     def _callback(self, trainer: pl.Trainer) -> HiFTCallback:
-        return next(c for c in trainer.callbacks if isinstance(c, HiFTCallback))  # type: ignore[attr-defined]
+        callback = find_callback(trainer)
+        assert callback is not None, "connect adds one"
+        return callback

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import _PREDICT_OUTPUT
 from typing_extensions import override
 
 from lightning_hift.attach import find_groups
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import HiFTCallback, find_callback
 from lightning_hift.memory import parse_bytes
 from lightning_hift.planner.forecast import Setup
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
@@ -146,7 +146,7 @@ class HiFTTrainer(pl.Trainer):
                 callbacks.remove(writer)
 
     def _hift(self) -> HiFTCallback:
-        return next((c for c in self.callbacks if isinstance(c, HiFTCallback)), HiFTCallback())  # type: ignore[attr-defined]
+        return find_callback(self) or HiFTCallback()
 
     def _strategy_setup(self) -> dict[str, Any]:
         """Arguments of the strategy that a plan depends on; a strategy without them has the defaults of ``Setup``."""

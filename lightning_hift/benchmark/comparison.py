@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import find_callback
 from lightning_hift.data import PythonSourceDataModule, order0_bits_per_byte
 from lightning_hift.table import format_bytes, format_table
 
@@ -111,7 +111,7 @@ class FullFineTuningComparison(RunMeter):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not any(isinstance(c, HiFTCallback) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if find_callback(trainer) is None:
             raise MisconfigurationException(
                 "FullFineTuningComparison got no HiFT run to compare with. Add a HiFTCallback, or use strategy='hift'."
             )
@@ -250,7 +250,7 @@ def _trainer_like(trainer: pl.Trainer, **options: Any) -> pl.Trainer:
 
 
 def _state_bytes_on_device(trainer: pl.Trainer) -> int:
-    hift = next((c for c in trainer.callbacks if isinstance(c, HiFTCallback)), None)  # type: ignore[attr-defined]
+    hift = find_callback(trainer)
     if hift is not None:
         return sum(engine.offloader.device_bytes for engine in hift.engines)
     values = [v for optimizer in trainer.optimizers for state in optimizer.state.values() for v in state.values()]

@@ -101,7 +101,7 @@ class ConditionalGeneration(TransformerModule):
         Raises:
             ValueError: None was named, and there is no data module and no ``model`` to take it from.
         """
-        found = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        found = self.of_data("tokenizer")
         if found is not None and self.tokenizer_name is None:
             return found
         if self.tokenizer_name is not None:

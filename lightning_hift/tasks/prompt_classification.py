@@ -74,7 +74,7 @@ class PromptClassification(TransformerModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One record per text: ``label`` and ``probability`` among the labels."""
         probabilities, chosen = self.scores(batch).softmax(-1).max(-1)
-        names = getattr(getattr(self._trainer, "datamodule", None), "label_names", None)
+        names = self.of_data("label_names")
         return [
             {"label": names[i] if names is not None else i, "probability": p}
             for i, p in zip(chosen.tolist(), probabilities.tolist(), strict=True)
@@ -82,7 +82,7 @@ class PromptClassification(TransformerModule):
 
     def _words(self) -> list[int]:
         if self.word_ids is None:
-            self.word_ids = getattr(getattr(self._trainer, "datamodule", None), "word_ids", None)
+            self.word_ids = self.of_data("word_ids")
         if self.word_ids is None:
             raise ValueError(
                 "Got no word_ids, and no data module that knows them. Give the token of each label's word, or use a"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import find_callback
 
 if TYPE_CHECKING:
     from lightning_hift.tasks.transformer import TransformerModule
@@ -75,7 +75,7 @@ def _data(datamodule: Any) -> dict[str, str]:
 
 
 def _method(module: TransformerModule, trainer: Any) -> dict[str, str]:
-    callback = next((c for c in trainer.callbacks if isinstance(c, HiFTCallback)), None)
+    callback = find_callback(trainer)
     trained = "adapter" if module.adapter is not None else "all parameters"
     if callback is None:
         return {"method": f"all layers at once, {trained}"}

@@ -44,7 +44,7 @@ class SequenceClassification(TransformerModule):
 
     @override
     def config_fields(self) -> dict[str, Any]:
-        of_data = getattr(getattr(self._trainer, "datamodule", None), "regression", self.regression)
+        of_data = self.of_data("regression", self.regression)
         if of_data != self.regression:
             raise ValueError(
                 f"Got regression={self.regression} for the module and regression={of_data} for the data module. Set"

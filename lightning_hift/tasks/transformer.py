@@ -328,10 +328,14 @@ class TransformerModule(HiFTModule):
             )
         return int(steps)
 
+    def of_data(self, name: str, default: Any = None) -> Any:
+        """An attribute of the data module; ``default`` if it has none of that name, or there is no data module."""
+        return getattr(getattr(self._trainer, "datamodule", None), name, default)
+
     @property
     def _tokenizer(self) -> Any:
         """That of the data module, or ``None``."""
-        return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        return self.of_data("tokenizer")
 
     def _adapted(self, network: nn.Module, adapter: dict[str, Any]) -> nn.Module:
         spreads_ranks = adapter.get("peft_type") == "ADALORA"
@@ -373,7 +377,7 @@ class TransformerModule(HiFTModule):
             self.log_dict({name: value.float() for name, value in collection.compute().items()}, prog_bar=True)
 
 
-def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[str] | None:
+def label_names(module: TransformerModule, given: Sequence[str] | int | None) -> list[str] | None:
     """Names of the labels: those given, or those of the data module, or ``None`` where nobody knows.
 
     Args:
@@ -383,7 +387,7 @@ def label_names(module: HiFTModule, given: Sequence[str] | int | None) -> list[s
     Raises:
         ValueError: Others are given than those of the data module, whose order is that of the targets.
     """
-    found = getattr(getattr(module._trainer, "datamodule", None), "label_names", None)
+    found = module.of_data("label_names")
     if given is None:
         return None if found is None else list(found)
     names = [f"LABEL_{i}" for i in range(given)] if isinstance(given, int) else list(given)
