@@ -400,7 +400,7 @@ def _gather(rank: int, folder: str) -> None:
 def test_metrics_are_gathered_from_processes_with_unequal_shares(tmp_path: Path) -> None:
     from torchmetrics.text import SacreBLEUScore
 
-    multiprocessing.start_processes(_gather, (str(tmp_path),), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(_gather, (str(tmp_path),), nprocs=2, start_method="spawn")
     whole = {**Rouge()(PREDICTIONS, REFERENCES), "exact_match": ExactMatch()(PREDICTIONS, REFERENCES)}
     whole["bleu"] = SacreBLEUScore(n_gram=1)(PREDICTIONS, REFERENCES)
     for rank in (0, 1):

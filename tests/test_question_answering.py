@@ -398,7 +398,7 @@ def score_in_process(rank: int, folder: str) -> None:
 
 
 def test_scores_of_processes_are_gathered(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(score_in_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(score_in_process, (str(tmp_path),), nprocs=2, start_method="spawn")
     rows, true = made_up_rows(random.Random(3))
     metric = AnswerScores(0.0)
     fill(metric, rows, true, 100)
