@@ -14,7 +14,7 @@ from lightning_hift.attach import find_groups
 from lightning_hift.callback import HiFTCallback, find_callback
 from lightning_hift.memory import parse_bytes
 from lightning_hift.planner.forecast import Setup
-from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
+from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.predictions import PredictionWriter
 from lightning_hift.report import describe_groups
@@ -83,21 +83,11 @@ class HiFTTrainer(pl.Trainer):
             ValueError: An argument is out of range, or the grouping does not fit the model.
             RuntimeError: A plot is asked for, but matplotlib is not installed.
         """
-        with torch.device("meta"):
-            model.configure_model()
-        callback = self._hift()
-        found = make_plan(
+        found = self.make_plan(
             model,
-            Setup(
-                precision=str(self.precision),
-                group_size=callback.group_size,
-                batch_size=_first_given(batch_size, getattr(datamodule, "batch_size", None), 1),
-                sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
-                **self._strategy_setup(),
-            ),
-            units=callback.units,
-            frozen=callback.frozen,
-            always_active=callback.always_active,
+            datamodule,
+            batch_size,
+            sequence_length,
             device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
             host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
             link=_bytes_per_second(link),
@@ -109,6 +99,41 @@ class HiFTTrainer(pl.Trainer):
             plot_plan(found, plot)
         if report:
             write_markdown(found, report)
+
+    def make_plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        **options: Any,
+    ) -> Plan:
+        """What ``plan`` prints; see there.
+
+        Args:
+            model: The module to plan for.
+            datamodule: See ``plan``.
+            batch_size: See ``plan``.
+            sequence_length: See ``plan``.
+            options: Everything else that ``lightning_hift.planner.plan.make_plan`` takes.
+        """
+        with torch.device("meta"):
+            model.configure_model()
+        callback = self._hift()
+        return make_plan(
+            model,
+            Setup(
+                precision=str(self.precision),
+                group_size=callback.group_size,
+                batch_size=_first_given(batch_size, getattr(datamodule, "batch_size", None), 1),
+                sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
+                **self._strategy_setup(),
+            ),
+            units=callback.units,
+            frozen=callback.frozen,
+            always_active=callback.always_active,
+            **options,
+        )
 
     @override
     def predict(

@@ -53,7 +53,7 @@ class TrainingSpeed(Callback):
         samples = _count_samples(batch)
         if samples is None or trainer.barebones:
             return
-        self._add(_Counted(now - self._since, samples, _count_tokens(batch)))
+        self._add(_Counted(now - self._since, samples, count_tokens(batch)))
         self._since = now
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         while len(self._window) > max(1, every) * trainer.accumulate_grad_batches:  # as loggers count
@@ -99,7 +99,8 @@ def _count_samples(batch: Any) -> int | None:
     return next((count for count in found if count is not None), None)
 
 
-def _count_tokens(batch: Any) -> int | Tensor | None:
+def count_tokens(batch: Any) -> int | Tensor | None:
+    """Tokens of ``input_ids`` without padding; ``None`` where there are none."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor):
         return None

@@ -1,6 +1,7 @@
-"""Comparisons of whole runs. Nothing else in the package imports this."""
+"""Benchmarks and comparisons of whole runs. Only the command line imports this."""
 
 from lightning_hift.benchmark.comparison import FullFineTuningComparison
 from lightning_hift.benchmark.fit_report import FitReport
+from lightning_hift.benchmark.run_measures import RunMeasures
 
-__all__ = ["FitReport", "FullFineTuningComparison"]
+__all__ = ["FitReport", "FullFineTuningComparison", "RunMeasures"]

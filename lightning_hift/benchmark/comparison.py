@@ -3,84 +3,19 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hift.benchmark.run_meter import RunMeter
 from lightning_hift.callback import find_callback
 from lightning_hift.data import PythonSourceDataModule, order0_bits_per_byte
 from lightning_hift.table import format_bytes, format_table
-
-
-class RunMeter(Callback):
-    """Measures a training run: seconds without validation, seconds per step, and what is on the device at the peak."""
-
-    def __init__(self) -> None:
-        self.trainable_parameters = 0
-        self.state_bytes = 0
-        self.steps = 0
-        self._step_seconds: list[float] = []
-        self._seconds = 0.0
-        self._since: float | None = None  # None while the clock stands still
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far; validation does not count."""
-        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median over the steps, without the first one, which allocates."""
-        return median(self._step_seconds[1:] or self._step_seconds or [float("nan")])
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._batch_since = time.perf_counter()
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        self.trainable_parameters = max(self.trainable_parameters, trainable)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        self._step_seconds.append(time.perf_counter() - self._batch_since)
-        self.steps = trainer.global_step
-        self.state_bytes = max(self.state_bytes, _state_bytes_on_device(trainer))
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._since is not None:
-            self._seconds, self._since = self.seconds, None
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._since = time.perf_counter()
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds, self._since = self.seconds, None
 
 
 class FullFineTuningComparison(RunMeter):
@@ -247,14 +182,6 @@ def _trainer_like(trainer: pl.Trainer, **options: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(**{**shared, **options})
-
-
-def _state_bytes_on_device(trainer: pl.Trainer) -> int:
-    hift = find_callback(trainer)
-    if hift is not None:
-        return sum(engine.offloader.device_bytes for engine in hift.engines)
-    values = [v for optimizer in trainer.optimizers for state in optimizer.state.values() for v in state.values()]
-    return sum(v.nbytes for v in values if isinstance(v, Tensor))
 
 
 def _report(

@@ -10,7 +10,7 @@ from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import GIB, Target
 from lightning_hift.benchmark.records import Record, read_records
 from lightning_hift.memory import CONTEXT_BYTES
-from lightning_hift.table import format_bytes
+from lightning_hift.table import format_bytes, format_markdown
 
 _LABELS = {
     "reserved": "peak reserved",
@@ -122,7 +122,7 @@ def _measured_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -
                 row.published or "-",
             ]
         )
-    return _markdown(header, lines)
+    return format_markdown(header, lines)
 
 
 def _target_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -> str:
@@ -138,7 +138,7 @@ def _target_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -> 
             if target.measure == "planner_error" and value is not None:
                 errors.append(verdict(target, value) == "met")
     lines.append(["all", "rows in which the planner is within 5 %", "at least 6", "-", *_planner_summary(errors)])
-    return _markdown(["row", "measure", "target", "planned", "measured", "result"], lines)
+    return format_markdown(["row", "measure", "target", "planned", "measured", "result"], lines)
 
 
 def _planner_summary(within: Sequence[bool]) -> tuple[str, str]:
@@ -210,7 +210,3 @@ def _passport_line(record: Record) -> str:
     driver = f", driver {passport['driver']}" if passport["driver"] else ""
     host = _size(passport["host_bytes_available"])
     return f"{passport['device']}{driver}; {host} of host memory free; {packages}; commit {passport['commit']}"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])

@@ -1,0 +1,49 @@
+"""The process of one run: reads what to do from a file, does it, and writes what came of it beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_hift.benchmark.kinds import Skipped, run_function
+from lightning_hift.benchmark.passport import make_passport
+
+MEASURED, SKIPPED, OUT_OF_MEMORY, TIMED_OUT, FAILED = "measured", "skipped", "out of memory", "timed out", "failed"
+_LONGEST = 400  # characters of a reason
+
+
+def main(request: Path) -> None:
+    """Make the run that ``request`` describes, and write its outcome to ``request`` with the suffix ``.out``."""
+    told = json.loads(request.read_text())
+    if told["device_memory"] is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, told["device_memory"] / total))
+    if told["threads"] is not None:
+        torch.set_num_threads(told["threads"])
+    outcome: dict[str, Any]
+    try:
+        measured = run_function(told["kind"])(told["configs"], told["options"], request.parent)
+        outcome = {"status": MEASURED, "measured": dict(measured)}
+    except Skipped as reason:
+        outcome = {"status": SKIPPED, "reason": str(reason)}
+    except ModuleNotFoundError as error:
+        outcome = {"status": SKIPPED, "reason": f"the package {error.name} is not installed"}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        outcome = {"status": OUT_OF_MEMORY, "reason": shorten(str(error) or "of the host")}
+    except Exception as error:  # a row, not the end
+        outcome = {"status": FAILED, "reason": shorten(f"{type(error).__name__}: {error}")}
+    request.with_suffix(".out").write_text(json.dumps({**outcome, "passport": make_passport()}))
+
+
+def shorten(text: str) -> str:
+    """``text`` in one line of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

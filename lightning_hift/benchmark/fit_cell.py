@@ -1,0 +1,62 @@
+"""A run of the kind ``"fit"``: ``lightning-hift fit`` with some files and options, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_hift.benchmark.kinds import Planned
+from lightning_hift.cli import HiFTCLI, main
+from lightning_hift.trainer import HiFTTrainer
+
+_QUIET = {
+    "trainer.logger": False,
+    "trainer.enable_checkpointing": False,
+    "trainer.enable_progress_bar": False,
+    "trainer.enable_model_summary": False,
+}
+
+
+def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fit, and return what ``RunMeasures`` found.
+
+    Args:
+        configs: Files for ``--config``.
+        options: Settings by dotted key, which take precedence.
+        folder: An empty one.
+    """
+    report = folder / "measures.json"
+    measures = ["--trainer.callbacks+=lightning_hift.benchmark.RunMeasures", f"--trainer.callbacks.path={report}"]
+    main(["fit", *_arguments(configs, options, folder), *measures])
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def plan(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Planned:
+    """Bytes at the peak, without a run."""
+    arguments = _arguments(configs, {**options, "seed_everything": False}, folder)
+    cli = HiFTCLI(args=arguments, run=False)
+    found = cast(HiFTTrainer, cli.trainer).make_plan(cli.model, cli.datamodule, compare=False).forecast
+    return {"device": found.peak, "host": found.host_bytes}
+
+
+def _arguments(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> list[str]:
+    settings = folder / "options.yaml"
+    settings.write_text(yaml.safe_dump(_nested({**_QUIET, **options})))
+    return [word for path in (*configs, str(settings)) for word in ("--config", path)]
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as mappings in mappings."""
+    found: dict[str, Any] = {}
+    for dotted, value in options.items():
+        *path, last = dotted.split(".")
+        place = found
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return found

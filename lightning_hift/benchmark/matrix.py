@@ -1,0 +1,342 @@
+"""A benchmark as its YAML file describes it, and the cells of its matrix: one run each, with nothing left open.
+
+::
+
+    axes:
+      task: [trec, mrpc]
+      method: [full, hift, {name: hift_random, as: hift, options: {hift.order: random}}]
+      seed: [0, 1, 2]
+    configs: ["configs/task/{task}.yaml", "configs/method/{method}.yaml", "configs/tuned/{task}_{method}.yaml?"]
+    options: {seed_everything: "{seed}"}
+    baseline: {method: full}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_hift.memory import parse_bytes
+
+BUDGET = "budget"
+"""The axis of equal steps and equal time."""
+EQUAL_STEPS, EQUAL_TIME = "steps", "time"
+_ENTRY_KEYS = ("name", "as", "configs", "options", "trials")
+_OPTIONAL = "?"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run may use; more ends it, and becomes its row.
+
+    Args:
+        seconds: Of the clock, from the start of its process.
+        host_memory: Of its process, such as ``"12GiB"``.
+        device_memory: Of the GPU, likewise.
+    """
+
+    seconds: float | None = None
+    host_memory: str | None = None
+    device_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and self.seconds <= 0:
+            raise ValueError(f"Got limits.seconds={self.seconds}; it must be above 0.")
+        for name in ("host_memory", "device_memory"):
+            if (value := getattr(self, name)) is not None:
+                parse_bytes(value, f"limits.{name}")
+
+    def bytes_of(self, name: str) -> int | None:
+        """A limit of memory in bytes."""
+        value = getattr(self, name)
+        return None if value is None else parse_bytes(value, name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        values: Name of the value on each axis.
+        configs: Files of configuration, in the order in which they are read.
+        options: Settings behind them, by dotted key.
+        trial: The settings that are tried out here, which belong to the choice for other cells.
+        trials: The cells among which the best one has to be found before this one can run.
+    """
+
+    values: dict[str, Any]
+    configs: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    trial: dict[str, Any] | None = None
+    trials: tuple[Cell, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        parts = [
+            *map(str, self.values.values()),
+            *(f"{k.rpartition('.')[2]}={v}" for k, v in (self.trial or {}).items()),
+        ]
+        return " ".join(parts)
+
+    @property
+    def key(self) -> str:
+        """The same for the same place in the matrix."""
+        return json.dumps([self.values, self.trial], sort_keys=True)
+
+    def fingerprint(self, kind: str) -> str:
+        """Changes with everything that this run is told."""
+        texts = [[path, Path(path).read_text()] for path in self.configs]
+        told = json.dumps([kind, texts, self.options, self.trial], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A matrix of runs, as described in YAML.
+
+    Args:
+        axes: Values by axis. A value is a plain one, or a mapping with ``name``, ``as`` (what stands for it in
+            templates; default: the name), ``configs`` and ``options`` of its own, and ``trials``: values by dotted key
+            that are tried out with ``trial_seed`` before the best one is taken for all seeds.
+        kind: What a run does: ``"fit"``, or one of ``kinds.KINDS``.
+        configs: Files that each run reads, with ``{axis}`` in the place of the value. One that ends in ``?`` is left
+            out where it does not exist.
+        options: Settings by dotted key, which take precedence over the files. ``{axis}`` likewise.
+        exclude: What not to run: values, or lists of them, by axis.
+        baseline: The value of some axes that others are compared with.
+        metric: The metric that counts, or one for each value of the axis ``task``.
+        trial_seed: The value of the axis ``seed`` for trials.
+        limits: Of each run.
+        threads: Of torch, per run; default: torch's own choice.
+        output: Results go to ``OUTPUT.jsonl``, ``.md``, ``.csv`` and pictures beside them.
+        title: Of the report.
+        about: What the report should say of itself.
+
+    Raises:
+        ValueError: Something is missing, unknown, or there twice.
+    """
+
+    axes: dict[str, list[Any]]
+    output: str
+    kind: str = "fit"
+    configs: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    metric: str | dict[str, str] = "val_loss"
+    trial_seed: int = 100
+    limits: Limits = field(default_factory=Limits)
+    threads: int | None = None
+    title: str = ""
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.axes:
+            raise ValueError("Got no axes; a benchmark has at least one, such as {method: [full, hift]}.")
+        for axis, values in self.axes.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"Got axes.{axis}={values!r}; it must be a list with at least one value.")
+        for where, named in [("baseline", self.baseline), *(("exclude", each) for each in self.exclude)]:
+            _check_values(
+                where, named, {axis: [_Entry.read(axis, v).name for v in vs] for axis, vs in self.axes.items()}
+            )
+        unknown = set(self.budgets) - {EQUAL_STEPS, EQUAL_TIME}
+        if unknown:
+            raise ValueError(f"Got axes.{BUDGET} with {sorted(unknown)}; choose {EQUAL_STEPS!r} and {EQUAL_TIME!r}.")
+        if EQUAL_TIME in self.budgets and (EQUAL_STEPS not in self.budgets or not self.baseline):
+            raise ValueError(
+                f"Got axes.{BUDGET} with {EQUAL_TIME!r}, which takes as many steps as the baseline's time has room for:"
+                f" it needs {EQUAL_STEPS!r} beside it, to know how long a step takes, and a baseline."
+            )
+
+    @property
+    def budgets(self) -> list[Any]:
+        """Values of the axis ``budget``."""
+        return self.axes.get(BUDGET, [])
+
+    def metric_of(self, cell_values: Mapping[str, Any]) -> str:
+        """The metric that counts for a cell.
+
+        Raises:
+            ValueError: None is named for its task.
+        """
+        if isinstance(self.metric, str):
+            return self.metric
+        task = str(cell_values.get("task"))
+        if task not in self.metric:
+            raise ValueError(f"Got no metric for the task {task!r}; there are some for {sorted(self.metric)}.")
+        return self.metric[task]
+
+    def baseline_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the cell that one with ``values`` is compared with, in the same task, with the same seed."""
+        steps = {BUDGET: EQUAL_STEPS} if BUDGET in self.axes else {}
+        return {**values, **self.baseline, **steps}
+
+    def cells(self) -> list[Cell]:
+        """All cells, trials first, then those whose steps are given, then those that are given the baseline's time.
+
+        Those that are compared with each other follow each other, so that a machine that slows down slows them alike.
+
+        Raises:
+            ValueError: A file does not exist, or two cells are the same.
+        """
+        entries = {axis: [_Entry.read(axis, value) for value in values] for axis, values in self.axes.items()}
+        compared = [axis for axis in self.axes if axis in self.baseline]
+        slow = [axis for axis in self.axes if axis not in compared]
+        found: list[Cell] = []
+        for chosen in product(*(entries[axis] for axis in (*slow, *compared))):
+            by_axis = dict(zip((*slow, *compared), chosen, strict=True))
+            by_axis = {axis: by_axis[axis] for axis in self.axes}
+            if not any(_matches(by_axis, each) for each in self.exclude):
+                found.append(self._cell(by_axis))
+        final = sorted(found, key=lambda cell: cell.values.get(BUDGET) == EQUAL_TIME)
+        trials = {trial.key: trial for cell in final for trial in cell.trials}
+        cells = [*trials.values(), *final]
+        _check_twins(cells, self.kind)
+        return cells
+
+    def _cell(self, entries: Mapping[str, _Entry], trial: dict[str, Any] | None = None) -> Cell:
+        names = {axis: entry.stands_for for axis, entry in entries.items()}
+        files = [*self.configs, *(path for entry in entries.values() for path in entry.configs)]
+        options = {**self.options}
+        for entry in entries.values():
+            options |= entry.options
+        tried = {} if trial is not None else {k: v for entry in entries.values() for k, v in entry.trials.items()}
+        fixed = {"seed": self.trial_seed, BUDGET: EQUAL_STEPS}
+        as_tried = {axis: _Entry(fixed[axis], fixed[axis]) if axis in fixed else e for axis, e in entries.items()}
+        return Cell(
+            {axis: entry.name for axis, entry in entries.items()},
+            tuple(path for file in files if (path := _existing(file, names)) is not None),
+            {**{key: _filled(value, names) for key, value in options.items()}, **(trial or {})},
+            trial,
+            tuple(self._cell(as_tried, choice) for choice in _choices(tried)),
+        )
+
+
+def load_benchmark(path: str | Path) -> Benchmark:
+    """Read a benchmark from YAML.
+
+    Raises:
+        ValueError: The file is no description of a benchmark.
+        OSError: It cannot be read.
+    """
+    found = yaml.safe_load(Path(path).read_text())
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds {type(found).__name__}; a benchmark is a mapping with at least axes and output."
+        )
+    known = [each.name for each in fields(Benchmark)]
+    unknown = [key for key in found if key not in known]
+    missing = [key for key in ("axes", "output") if key not in found]
+    if unknown or missing:
+        raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}; there are {', '.join(known)}.")
+    limits = found.get("limits") or {}
+    allowed = [each.name for each in fields(Limits)]
+    if not isinstance(limits, dict) or set(limits) - set(allowed):
+        raise ValueError(f"{path}: got limits={limits!r}; it takes {', '.join(allowed)}.")
+    return Benchmark(**{**found, "limits": Limits(**limits)})
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One value of an axis."""
+
+    name: Any
+    stands_for: Any
+    configs: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, list[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, axis: str, value: Any) -> _Entry:
+        if not isinstance(value, dict):
+            return cls(value, value)
+        unknown = [key for key in value if key not in _ENTRY_KEYS]
+        if unknown or "name" not in value:
+            raise ValueError(
+                f"Got axes.{axis} with {value!r}; it needs a name and may have {', '.join(_ENTRY_KEYS[1:])}."
+            )
+        trials = value.get("trials") or {}
+        if any(not isinstance(choices, list) or not choices for choices in trials.values()):
+            raise ValueError(f"Got trials={trials!r} for {value['name']!r}; each key needs a list of values to try.")
+        return cls(
+            value["name"],
+            value.get("as", value["name"]),
+            tuple(value.get("configs") or ()),
+            dict(value.get("options") or {}),
+            dict(trials),
+        )
+
+
+def _check_values(where: str, named: Mapping[str, Any], names: Mapping[str, Sequence[Any]]) -> None:
+    for axis, value in named.items():
+        if axis not in names:
+            raise ValueError(f"Got {where} with the axis {axis!r}; there are {', '.join(names)}.")
+        for each in value if isinstance(value, list) else [value]:
+            if each not in names[axis]:
+                raise ValueError(f"Got {where} with {axis}={each!r}; there are {', '.join(map(repr, names[axis]))}.")
+
+
+def _check_twins(cells: Iterable[Cell], kind: str) -> None:
+    names: dict[str, str] = {}
+    runs: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.key in names:
+            raise ValueError(f"The cell {cell.name!r} is there twice; list each value of an axis once.")
+        names[cell.key] = cell.name
+        if cell.values.get(BUDGET) == EQUAL_TIME or cell.trial is not None:
+            continue  # they differ in what is found out on the way, or are made to be alike
+        twin = runs.setdefault(cell.fingerprint(kind), cell)
+        if twin is not cell:
+            raise ValueError(
+                f"The cells {twin.name!r} and {cell.name!r} are the same run: same files, same options. Exclude one, or"
+                " let an option or a file depend on what distinguishes them."
+            )
+
+
+def _choices(trials: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(trials, values, strict=True)) for values in product(*trials.values())] if trials else []
+
+
+def _matches(entries: Mapping[str, _Entry], pattern: Mapping[str, Any]) -> bool:
+    return all(
+        entries[axis].name in (wanted if isinstance(wanted, list) else [wanted]) for axis, wanted in pattern.items()
+    )
+
+
+def _existing(template: str, names: Mapping[str, Any]) -> str | None:
+    optional = template.endswith(_OPTIONAL)
+    path = Path(_format(template.removesuffix(_OPTIONAL), names))
+    if path.is_file():
+        return str(path)
+    if optional:
+        return None
+    others = sorted(p.stem for p in path.parent.glob(f"*{path.suffix}"))
+    raise ValueError(
+        f"Got {path.stem!r}, but there is no {path}; {path.parent} has {', '.join(others) or 'no such file'}."
+    )
+
+
+def _filled(value: Any, names: Mapping[str, Any]) -> Any:
+    """``value`` with names in the place of ``{axis}``; one that is nothing but ``{axis}`` keeps its type."""
+    if isinstance(value, str):
+        axis = value[1:-1]
+        return names[axis] if value == f"{{{axis}}}" and axis in names else _format(value, names)
+    if isinstance(value, dict):
+        return {key: _filled(each, names) for key, each in value.items()}
+    return [_filled(each, names) for each in value] if isinstance(value, list) else value
+
+
+def _format(template: str, names: Mapping[str, Any]) -> str:
+    try:
+        return template.format_map(dict(names))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"Got {template!r}; in braces there can be {', '.join(names)}.") from error

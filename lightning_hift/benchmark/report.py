@@ -1,0 +1,316 @@
+"""The report of a benchmark: tables in Markdown, all runs in CSV, pictures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lightning_hift.benchmark.cell_process import MEASURED
+from lightning_hift.benchmark.matrix import BUDGET, EQUAL_TIME, Benchmark, Cell
+from lightning_hift.benchmark.plots import KINDS, plot_curves, plot_groups, plot_memory, plot_scatter
+from lightning_hift.benchmark.records import Record
+from lightning_hift.benchmark.runner import is_loss
+from lightning_hift.benchmark.summary import Line, summarize
+from lightning_hift.table import format_bytes, format_markdown
+
+_NOT_IN_CSV = ("curve", "losses", "memory_by_group")
+
+
+def write_report(
+    benchmark: Benchmark, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]
+) -> list[Path]:
+    """Write all files of the report, and return their paths."""
+    table, markdown = Path(f"{benchmark.output}.csv"), Path(f"{benchmark.output}.md")
+    write_csv(table, cells, by_device)
+    parts = [f"# {benchmark.title or 'Benchmark'}", benchmark.about.strip()]
+    pictures: list[Path] = []
+    for number, (device, records) in enumerate(by_device.items()):
+        lines = summarize(benchmark, cells, records)
+        heading = [f"## On {device}"] if len(by_device) > 1 else []
+        suffix = f"_{number + 1}" if number else ""
+        drawn = _draw(benchmark, lines, suffix) if find_spec("matplotlib") else {}
+        pictures += drawn.values()
+        parts += [*heading, *_sections(benchmark, cells, records, lines, drawn)]
+    if not find_spec("matplotlib"):
+        parts.append("No pictures: matplotlib is not installed (`pip install lightning-hift[plot]`).")
+    markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return [markdown, table, *pictures]
+
+
+def write_csv(path: Path, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]) -> None:
+    """One line for each run that was recorded, with all measured values."""
+    rows: list[dict[str, Any]] = []
+    for device, records in by_device.items():
+        for cell in cells:
+            if (record := records.get(cell.key)) is not None:
+                told = {"device": device, **cell.values, "trial": cell.trial or "", "status": record["status"]}
+                rows.append({**told, "reason": record.get("reason", ""), **_flat(record.get("measured", {}))})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(measured: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in measured.items():
+        if isinstance(value, dict) and name not in _NOT_IN_CSV:
+            found |= {f"{name}.{key}": each for key, each in _flat(value).items()}
+        elif name not in _NOT_IN_CSV:
+            found[name] = value
+    return found
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _sections(
+    benchmark: Benchmark,
+    cells: Sequence[Cell],
+    records: Mapping[str, Record],
+    lines: Sequence[Line],
+    drawn: Mapping[str, Path],
+) -> list[str]:
+    def picture(name: str) -> list[str]:
+        return [f"![{name}]({drawn[name].name})"] if name in drawn else []
+
+    measured = [line for line in lines if line.records]
+    return [
+        *(["## Result", _verdicts(benchmark, measured)] if measured else []),
+        *_over_tasks(benchmark, measured),
+        *picture("quality against time"),
+        *picture("quality against tokens"),
+        *(["## Steps", _steps(measured)] if measured else []),
+        *_memory(benchmark, measured),
+        *picture("memory on the device"),
+        *picture("memory by active group"),
+        *picture("speed against memory"),
+        *_trials(benchmark, cells, records),
+        *_missing(cells, records),
+        *_measured_on(records),
+    ]
+
+
+def _verdicts(benchmark: Benchmark, lines: Sequence[Line]) -> str:
+    compared = bool(benchmark.baseline)
+    header = [*(axis for axis in lines[0].values), "metric", "by seed", "mean", "spread"]
+    header += ["gain", "time", "speed per step", "memory"] if compared else []
+    rows = []
+    for line in lines:
+        digits = 3 if is_loss(line.metric) else 1
+        row: list[str] = [*(str(value) for value in line.values.values()), line.metric.removeprefix("val_")]
+        row += [" ".join(f"{score:.{digits}f}" for score in line.scores), f"{line.mean:.{digits + 1}f}"]
+        row += ["-" if line.spread is None else f"{line.spread:.{digits + 1}f}"]
+        if compared:
+            speed = line.ratio("time_per_step")
+            row += [_number(line.gain, f"+.{digits + 1}f"), _number(line.ratio("time"), ".2f")]
+            row += ["-" if not speed else f"{1 / speed:.2f}", _number(line.ratio("memory.total"), ".2f")]
+        rows.append(row)
+    notes = "Mean and spread (standard deviation) over seeds; percentages, or a loss as it is."
+    if compared:
+        base = ", ".join(map(str, benchmark.baseline.values()))
+        notes += (
+            f" Against {base} in the same task with the same seed: gain (positive is better), and as ratios the seconds"
+            " of training, steps per second, and memory."
+        )
+    notes += " Seconds are the processor's on a CPU, and the clock's elsewhere; validation is left out."
+    return f"{format_markdown(header, rows)}\n\n{notes}"
+
+
+def _steps(lines: Sequence[Line]) -> str:
+    header = [*(axis for axis in lines[0].values), "steps", "s/step", "tokens/s", "exposed transfer", "state on device"]
+    header += ["trains at once", "updates per parameter", "largest learning rate"]
+    rows = []
+    for line in lines:
+        row: list[str] = [*(str(value) for value in line.values.values()), _number(line.value("step"), ",.0f")]
+        row += [_number(line.value("time_per_step"), ".3f"), _number(line.value("tokens_per_second"), ",.0f")]
+        row += [_number(line.value("exposed_ms_per_step"), ".1f ms"), _size(line.value("state_on_device"))]
+        row += [_number(line.value("trainable_at_once"), ",.0f"), _number(line.value("updates_per_parameter"), ",.1f")]
+        rows.append([*row, _number(line.value("learning_rate"), ".2g")])
+    return format_markdown(header, rows)
+
+
+def _over_tasks(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
+    """Gains by method, over the tasks that all methods were measured in."""
+    if "task" not in benchmark.axes or len(benchmark.axes["task"]) < 2 or not benchmark.baseline:
+        return []
+    found: dict[tuple[Any, ...], dict[str, Line]] = {}
+    for line in lines:
+        if line.gain is not None:
+            kind = tuple(value for axis, value in line.values.items() if axis != "task")
+            found.setdefault(kind, {})[str(line.values["task"])] = line
+    if not found:
+        return []
+    tasks = list(dict.fromkeys(task for by_task in found.values() for task in by_task))
+    header = [*(axis for axis in lines[0].values if axis != "task"), *tasks, "mean gain", "mean time", "mean speed"]
+    rows = []
+    for kind, by_task in found.items():
+        gains = [by_task[task].gain if task in by_task else None for task in tasks]
+        times = [ratio for line in by_task.values() if (ratio := line.ratio("time")) is not None]
+        speeds = [1 / ratio for line in by_task.values() if (ratio := line.ratio("time_per_step"))]
+        known = [gain for gain in gains if gain is not None]
+        told = f"{mean(known):+.2f}" + ("" if len(known) == len(tasks) else f" ({len(known)} tasks)")
+        rows.append([*map(str, kind), *(_number(gain, "+.2f") for gain in gains), told])
+        rows[-1] += [_number(mean(times) if times else None, ".2f"), _number(mean(speeds) if speeds else None, ".2f")]
+    return ["### Gains over tasks", format_markdown(header, rows)]
+
+
+def _memory(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
+    chosen = _one_task(benchmark, lines)
+    rows = []
+    for name, line in chosen.items():
+        parts = [line.value(f"memory.{kind}") for kind in (*KINDS, "total")]
+        ratio = line.ratio("memory.total")
+        rows.append([name, *map(_size, parts), _number(ratio, ".2f"), _size(line.value("host_peak"))])
+    if not rows:
+        return []
+    header = ["run", *KINDS, "total", "against baseline", "host, peak of the process"]
+    on_gpu = not _device_of(lines).startswith("CPU")
+    how = (
+        "The total is torch's peak; the residual is what is not accounted for by the other three."
+        if on_gpu
+        else "Counted tensor by tensor: it is what would live on a device. On a CPU, host and device are one memory,"
+        " and nothing is saved."
+    )
+    where = f" In the task {next(iter(chosen.values())).values['task']}." if "task" in benchmark.axes else ""
+    return ["## Memory", f"{format_markdown(header, rows)}\n\n{how}{where}"]
+
+
+def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
+    rows = []
+    for cell in cells:
+        record = records.get(cell.key)
+        if cell.trial is not None and record is not None:
+            metric = benchmark.metric_of(cell.values)
+            score = record["measured"].get(metric) if record["status"] == MEASURED else None
+            told = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in cell.trial.items())
+            shown = record["status"] if score is None else f"{score:.3f}" if is_loss(metric) else f"{100 * score:.1f}"
+            names = [str(value) for axis, value in cell.values.items() if axis not in ("seed", BUDGET)]
+            rows.append([*names, told, shown])
+    if not rows:
+        return []
+    header = [*(axis for axis in benchmark.axes if axis not in ("seed", BUDGET)), "trial", "result"]
+    note = f"Tried out with the seed {benchmark.trial_seed}; the best of each is used above, for all seeds."
+    return ["## Settings that were tried", f"{format_markdown(header, rows)}\n\n{note}"]
+
+
+def _missing(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        record = records.get(cell.key)
+        if record is None:
+            found.setdefault("not measured", []).append(cell.name)
+        elif record["status"] != MEASURED:
+            found.setdefault(f"{record['status']}: {record['reason']}", []).append(cell.name)
+    if not found:
+        return []
+    lines = [
+        f"- {why}: {'; '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
+        for why, names in found.items()
+    ]
+    return ["## Not measured, and why", "\n".join(lines)]
+
+
+def _measured_on(records: Mapping[str, Record]) -> list[str]:
+    found: dict[str, int] = {}
+    for record in records.values():
+        line = passport_line(record)
+        found[line] = found.get(line, 0) + 1
+    if not found:
+        return []
+    return ["## Measured on", "\n".join(f"- {line} ({count} runs)" for line, count in found.items())]
+
+
+def passport_line(record: Record) -> str:
+    """What a run was measured on, but for the memory that was free."""
+    passport = record["passport"]
+    packages = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
+    driver = f", driver {passport['driver']}" if passport["driver"] else ""
+    return f"{passport['device']}{driver}, {passport['cores']} cores; {packages}; commit {passport['commit']}"
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str, Path]:
+    """Files by what they show."""
+    measured = [line for line in lines if line.records]
+    chosen = _one_task(benchmark, measured)
+    drawn: dict[str, Path] = {}
+
+    def draw(what: str, plot: Callable[..., None], content: Any, *arguments: str) -> None:
+        if content:
+            drawn[what] = Path(f"{benchmark.output}_{what.replace(' ', '_')}{suffix}.png")
+            plot(content, drawn[what], *arguments)
+
+    for against, key, label in (("time", "seconds", "seconds of training"), ("tokens", "tokens", "tokens")):
+        what = f"quality against {against}"
+        draw(what, plot_curves, _panels(measured, key), label, "Quality on the validation split")
+    bars = {name: _parts(line) for name, line in chosen.items() if line.value("memory.total") is not None}
+    draw("memory on the device", plot_memory, bars, "Memory on the device")
+    groups = {name: found for name, line in chosen.items() if len(found := _groups(line)) > 1}
+    draw("memory by active group", plot_groups, groups, "Memory by active group")
+    points = {
+        name: (memory, 1 / time)
+        for name, line in chosen.items()
+        if (memory := line.ratio("memory.total")) and (time := line.ratio("time_per_step"))
+    }
+    draw("speed against memory", plot_scatter, points, "Speed against memory")
+    return drawn
+
+
+def _one_task(benchmark: Benchmark, lines: Sequence[Line]) -> dict[str, Line]:
+    """Lines of the first task that was measured, by what distinguishes them; without those of equal time."""
+    found = {}
+    first = lines[0].values.get("task") if lines else None
+    for line in lines:
+        if line.values.get("task") == first and line.values.get(BUDGET) != EQUAL_TIME:
+            found[_name(line, without=("task", BUDGET), lines=lines)] = line
+    return found
+
+
+def _name(line: Line, without: Sequence[str], lines: Sequence[Line]) -> str:
+    """By the axes that have several values."""
+    varying = [axis for axis in line.values if len({str(other.values[axis]) for other in lines}) > 1]
+    return " ".join(str(line.values[axis]) for axis in varying if axis not in without) or "run"
+
+
+def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+    panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+    for line in lines:
+        scale = 1 if is_loss(line.metric) else 100
+        curves = [
+            [(p[key], scale * p[line.metric]) for p in record["measured"].get("curve", []) if line.metric in p]
+            for record in line.records.values()
+        ]
+        if all(len(curve) > 1 for curve in curves):
+            panel = f"{line.values.get('task', '')} {line.metric.removeprefix('val_')}".strip()
+            panels.setdefault(panel, {})[_name(line, without=("task",), lines=lines)] = curves
+    return panels
+
+
+def _parts(line: Line) -> dict[str, float]:
+    return {kind: line.value(f"memory.{kind}") or 0.0 for kind in KINDS}
+
+
+def _groups(line: Line) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = next(iter(line.records.values()))["measured"].get("memory_by_group", {})
+    return found
+
+
+def _device_of(lines: Sequence[Line]) -> str:
+    return str(next(iter(lines[0].records.values()))["passport"]["device"]) if lines else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    number, _, unit = form.partition(" ")
+    return "-" if value is None else f"{value:{number}} {unit}".rstrip()
+
+
+def _size(value: float | None) -> str:
+    return "-" if value is None else format_bytes(value)

@@ -1,0 +1,199 @@
+"""Everything that a benchmark wants to know of one fit, as a file of JSON."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_hift.allocations import AllocationTracker
+from lightning_hift.benchmark.run_meter import RunMeter
+from lightning_hift.callback import find_callback
+from lightning_hift.training_speed import count_tokens
+
+_MOST_POINTS = 200  # of the curve of training loss
+_MOST_SETS = 48  # of parameters that train together, of which the memory is looked at
+_LARGER = 1.25  # times the batch that was looked at before, and it is looked at again
+
+
+class RunMeasures(RunMeter):
+    """Writes metrics, time, speed, memory and updates of a fit to a file when it ends.
+
+    Memory is that of the paper's table: parameters, gradients, optimizer state, and the residual, which is activations
+    and what else is alive at the peak. On a GPU the total is torch's own peak. Elsewhere tensors are counted while
+    forward and backward run: it is what would live on a device, without the optimizer's temporary tensors. Memory is
+    looked at for each set of parameters that trains, and again for batches that are clearly larger than those before.
+    Such a batch is slow, and counts as much as the others on average in the time.
+
+    Args:
+        path: The file, replaced if it exists.
+        memory: Whether to look at memory.
+    """
+
+    def __init__(self, path: str, memory: bool = True) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.memory = memory
+        self._tokens: int | Tensor = 0
+        self._losses: list[tuple[int, float, Tensor]] = []  # step, seconds, loss
+        self._points: list[dict[str, Any]] = []
+        self._rate = 0.0
+        self._exposed_ms = 0.0
+        self._host_state = 0
+        self._seen: dict[tuple[bool, ...], int] = {}  # elements of the largest batch, by what was trained
+        self._by_group: dict[str, dict[str, int]] = {}
+        self._gradients = 0
+        self._activations = 0
+        self._tracked = ExitStack()
+        self._tracker: AllocationTracker | None = None
+
+    # --- hooks, in the order in which they run ------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._gradients = self._activations = 0
+        active = tuple(p.requires_grad for p in pl_module.parameters())
+        size = sum(t.numel() for t in tree_leaves(batch) if isinstance(t, Tensor))
+        has_room = active in self._seen or len(self._seen) < _MOST_SETS
+        if not self.memory or not has_room or size < _LARGER * self._seen.get(active, 0):
+            return
+        self._seen[active] = size
+        self.stop()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._tracker = self._tracked.enter_context(AllocationTracker())
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._since is None:
+            self._gradients = sum(p.grad.nbytes for p in pl_module.parameters() if p.grad is not None)
+            self._end_tracking()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._end_tracking()
+        if self._since is None:
+            self._note_memory(trainer, pl_module)
+            self.start()
+        self._tokens = self._tokens + (count_tokens(batch) or 0)
+        self._note_loss(trainer, outputs)
+        self._rate = max(
+            self._rate, *(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        )
+        hift = find_callback(trainer)
+        if hift is not None:
+            self._exposed_ms += sum(engine.offloader.exposed_ms() for engine in hift.engines)
+            self._host_state = max(self._host_state, sum(engine.offloader.host_bytes for engine in hift.engines))
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and self.steps:
+            self._points.append(self._point(trainer))
+        super().on_validation_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        last = self._point(trainer)
+        points = [*(point for point in self._points if point["step"] < last["step"]), last]
+        self.path.write_text(json.dumps({**self._summary(trainer, pl_module, last), "curve": points}) + "\n")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end_tracking()
+
+    # --- what is noted ------------------------------------------------------------------------------------------------
+
+    def _end_tracking(self) -> None:
+        if self._tracker is not None:
+            self._activations = self._tracker.peak - self._gradients
+            self._tracker = None
+            self._tracked.close()
+
+    def _note_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+        state = self.state_bytes
+        known = weights + self._gradients + state
+        if self._device.type == "cuda":
+            self._activations = torch.cuda.max_memory_allocated(self._device) - known
+        hift = find_callback(trainer)
+        name = "all" if hift is None or len(hift.groups) == 1 else " + ".join(e.active_group.name for e in hift.engines)
+        found = {"parameters": weights, "gradients": self._gradients, "state": state, "residual": self._activations}
+        self._by_group[name] = max(found, self._by_group.get(name, found), key=lambda parts: sum(parts.values()))
+
+    def _note_loss(self, trainer: pl.Trainer, outputs: STEP_OUTPUT) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append((trainer.global_step, self.elapsed.wall, loss.detach()))
+
+    def _point(self, trainer: pl.Trainer) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        seconds = self.elapsed
+        return {
+            "step": self.steps,
+            "tokens": int(self._tokens),
+            "seconds": round(seconds.wall, 3),
+            "cpu_seconds": round(seconds.cpu, 3),
+            **metrics,
+        }
+
+    def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, last: dict[str, Any]) -> dict[str, Any]:
+        steps = max(1, self.steps)
+        owned = {p: p.numel() for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        return {
+            **last,
+            "epochs": round(self.batches / trainer.num_training_batches, 3),
+            "learning_rate": self._rate,
+            "seconds_per_step": last["seconds"] / steps,
+            "cpu_seconds_per_step": last["cpu_seconds"] / steps,
+            "tokens_per_second": last["tokens"] / last["seconds"] if last["tokens"] else None,
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "trained_parameters": sum(owned.values()),
+            "trainable_at_once": self.trainable_parameters,
+            "updates_per_parameter": self.updated / max(1, sum(owned.values())),
+            "state_on_device": self.state_bytes,
+            "state_on_host": self._host_state,
+            "exposed_ms_per_step": self._exposed_ms / steps,
+            "host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            **self._memory(),
+            "losses": _thinned(self._losses),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        if not self._by_group:
+            return {}
+        # State is at its largest only when every group has some.
+        groups = {name: {**parts, "state": self.state_bytes} for name, parts in self._by_group.items()}
+        peak = max(groups.values(), key=lambda parts: sum(parts.values()))
+        return {"memory": {**peak, "total": sum(peak.values())}, "memory_by_group": groups}
+
+
+def _thinned(losses: list[tuple[int, float, Tensor]]) -> list[list[float]]:
+    """Step, seconds and mean loss of stretches of equal length."""
+    length = -(-len(losses) // _MOST_POINTS)
+    stretches = [losses[i : i + length] for i in range(0, len(losses), max(1, length))]
+    return [
+        [stretch[-1][0], round(stretch[-1][1], 3), round(float(torch.stack([loss for *_, loss in stretch]).mean()), 5)]
+        for stretch in stretches
+    ]
