@@ -10,6 +10,7 @@ from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
+from lightning_hift.mezo import MeZO
 from lightning_hift.offload import StateOffloader
 from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
@@ -39,6 +40,7 @@ __all__ = [
     "LayerGroup",
     "LayerUnit",
     "LayerUpdates",
+    "MeZO",
     "PredictionWriter",
     "StateOffloader",
     "StreamingCheckpointIO",
