@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_hift.precision import HiFTPrecision
     from lightning_hift.predictions import PredictionWriter
     from lightning_hift.strategy import HiFTStrategy
+    from lightning_hift.trainable import TrainOnly
     from lightning_hift.training_speed import TrainingSpeed
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "StreamingCheckpointIO",
     "SweepLR",
     "SweepSchedule",
+    "TrainOnly",
     "TrainingSpeed",
     "attach_engines",
     "find_layer_units",
@@ -63,6 +65,7 @@ _NEEDS_LIGHTNING = {
     "LayerUpdates": "layer_updates",
     "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
+    "TrainOnly": "trainable",
     "TrainingSpeed": "training_speed",
     "make_plan": "planner.plan",
 }

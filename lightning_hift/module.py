@@ -94,6 +94,11 @@ class HiFTModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.gradient_clip_val is not None and type(optimizer).__name__ == "CPUOffloadOptimizer":
+            raise ValueError(
+                f"Got gradient_clip_val={self.gradient_clip_val}, but CPUOffloadOptimizer copies gradients to the host"
+                " before they could be clipped. Leave gradient_clip_val out, or use another optimizer."
+            )
         # Here, not before step(): mixed precision has only now undone the scaling of the gradients.
         self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 

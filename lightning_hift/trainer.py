@@ -18,6 +18,7 @@ from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.predictions import PredictionWriter
 from lightning_hift.report import describe_groups
+from lightning_hift.trainable import TrainOnly
 
 
 class HiFTTrainer(pl.Trainer):
@@ -41,8 +42,7 @@ class HiFTTrainer(pl.Trainer):
             ValueError: The grouping does not fit the model.
         """
         callback = self._hift()
-        with torch.device("meta"):
-            model.configure_model()
+        self._build(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (found,) = find_groups(model, [optimizer], **callback.grouping)
         print(describe_groups(found.groups, found.always_active))
@@ -83,8 +83,7 @@ class HiFTTrainer(pl.Trainer):
             ValueError: An argument is out of range, or the grouping does not fit the model.
             RuntimeError: A plot is asked for, but matplotlib is not installed.
         """
-        with torch.device("meta"):
-            model.configure_model()
+        self._build(model)
         callback = self._hift()
         found = make_plan(
             model,
@@ -144,6 +143,14 @@ class HiFTTrainer(pl.Trainer):
         finally:
             for writer in added:
                 callbacks.remove(writer)
+
+    def _build(self, model: pl.LightningModule) -> None:
+        """Build the network without memory for its weights, and freeze what a fit would."""
+        with torch.device("meta"):
+            model.configure_model()
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainOnly):
+                callback.freeze(model)
 
     def _hift(self) -> HiFTCallback:
         return find_callback(self) or HiFTCallback()
