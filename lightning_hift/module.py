@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
+_OFFLOADS = "CPUOffloadOptimizer"  # of torchao; it copies gradients to the host during the backward pass
+
 
 class HiFTModule(pl.LightningModule):
     """Base class with manual optimization: loss, backward, accumulation, clipping, step, learning rate.
@@ -31,7 +33,8 @@ class HiFTModule(pl.LightningModule):
         lr_monitor: Logged metric for a ``ReduceLROnPlateau`` scheduler, unless that has a ``monitor`` of its own.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` is below 1.
+        ValueError: ``accumulate_grad_batches`` is below 1. In ``fit``: gradients are to be clipped for an optimizer
+            that does not use them, or has its own copies.
         MisconfigurationException: In ``fit``: the Trainer was to accumulate or to clip.
     """
 
@@ -94,10 +97,11 @@ class HiFTModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.gradient_clip_val is not None and type(optimizer).__name__ == "CPUOffloadOptimizer":
+        out_of_reach = not getattr(optimizer, "needs_gradient", True) or type(optimizer).__name__ == _OFFLOADS
+        if self.gradient_clip_val is not None and out_of_reach:
             raise ValueError(
-                f"Got gradient_clip_val={self.gradient_clip_val}, but CPUOffloadOptimizer copies gradients to the host"
-                " before they could be clipped. Leave gradient_clip_val out, or use another optimizer."
+                f"Got gradient_clip_val={self.gradient_clip_val}, but {type(optimizer).__name__} has no gradients that"
+                " could be clipped here. Leave gradient_clip_val out, or use another optimizer."
             )
         # Here, not before step(): mixed precision has only now undone the scaling of the gradients.
         self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)

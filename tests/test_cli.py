@@ -269,8 +269,8 @@ def test_what_does_not_go_with_plain_is_a_short_message(
 def test_plain_refuses_the_strategy_of_hift(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     without = {key: value for key, value in CONFIG.items() if key != "hift"}
     Path(config).write_text(yaml.safe_dump(without))
+    strategy = ["--trainer.strategy", "lightning_hift.HiFTStrategy", "--trainer.strategy.offload", "none"]
     with pytest.raises(SystemExit, match="2"):
-        strategy = ["--trainer.strategy", "lightning_hift.HiFTStrategy", "--trainer.strategy.offload", "none"]
         run_cli("fit", "--config", config, "--plain=true", *strategy)
     assert "the strategy HiFTStrategy beside plain=true" in capsys.readouterr().err
 

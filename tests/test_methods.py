@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ import yaml
 from torch import nn
 
 from lightning_hift import HiFTCallback, HiFTCLI, HiFTStrategy, MeZO
-from tests.models import assert_same_weights, weights
+from lightning_hift.optimizer_checks import check_optimizer
+from lightning_hift.tasks.adapters import add_adapter
+from lightning_hift.tasks.network import NetworkSource, build_network, peft_task_type
+from tests.models import Manual, assert_same_weights, loader, trainer, weights
 from tests.text_models import save_network
 from tests.tiny_texts import byte_tokenizer, write_rows
 
@@ -40,6 +44,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:[\s\S]*deprecated in v4"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # of peft, about what it then does by itself
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torchao and bitsandbytes
 ]
 
 
@@ -157,6 +163,33 @@ def test_lora_finds_the_layers_of_each_architecture(model_type: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("model_type", "head", "expected"),
+    [
+        ("distilbert", "SequenceClassification", {"pre_classifier", "classifier"}),
+        ("t5", "SequenceClassification", {"classification_head"}),
+        ("bert", "TokenClassification", {"classifier"}),
+        ("llama", "TokenClassification", {"score"}),
+        ("gpt2", "QuestionAnswering", {"qa_outputs"}),
+        ("t5", "QuestionAnswering", {"qa_outputs"}),
+        ("bert", "MaskedLM", set()),
+    ],
+)
+def test_lora_trains_a_new_head_as_a_whole(model_type: str, head: str, expected: set[str]) -> None:
+    pytest.importorskip("peft")
+    adapter = yaml.safe_load((CONFIGS / "method/lora.yaml").read_text())["model"]["init_args"]["adapter"]
+    sizes: dict[str, Any] = {"vocab_size": 40, "num_hidden_layers": 1}
+    sizes |= {"t5": {"num_layers": 1, "d_model": 16, "d_ff": 32}, "distilbert": {"n_layers": 1}}.get(model_type, {})
+    if model_type in ("t5", "distilbert"):
+        del sizes["num_hidden_layers"]
+    bare = build_network(NetworkSource(model_type=model_type, model_config=sizes), f"AutoModelFor{head}")
+    network = add_adapter(bare, adapter, peft_task_type(f"AutoModelFor{head}"))
+    trained = {name.removeprefix("base_model.model.") for name, p in network.named_parameters() if p.requires_grad}
+    whole = {name for name in trained if "lora_" not in name}
+    assert {name.split(".")[0] for name in whole} == expected
+    assert not any(name.split(".")[0] in expected for name in trained - whole)
+
+
+@pytest.mark.parametrize(
     ("method", "module", "message"),
     [
         ("adamw_8bit", "torchao.optim", "Got an optimizer of torchao, but torchao is not installed. Run: pip install"),
@@ -181,8 +214,6 @@ class _LowRank(torch.optim.AdamW):
 
 
 def test_galore_projects_matrices_that_are_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     from lightning_hift.packaged_optimizers import GaLoreAdamW
 
     monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(GaLoreAdamW=_LowRank))
@@ -196,6 +227,58 @@ def test_galore_projects_matrices_that_are_large_enough(monkeypatch: pytest.Monk
     assert (large["weight_decay"], rest["weight_decay"], rest["lr"]) == (0.1, 0.1, 0.5)
     with pytest.raises(ValueError, match="Got rank=8, but no matrix has more rows and columns"):
         GaLoreAdamW(model.parameters(), rank=8)
+
+
+class CPUOffloadOptimizer(torch.optim.Optimizer):
+    """Stands in for that of torchao: it is an Optimizer by name only, and its inner ones hold all."""
+
+    def __init__(self, params: Any, kind: Any, *, offload_gradients: bool, **options: Any) -> None:
+        assert not offload_gradients
+        self.optim_dict = {0: kind(params, **options)}
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optim_dict[0].param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        self.optim_dict[0].step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optim_dict[0].zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        return {"offloaded": [self.optim_dict[0].state_dict()]}
+
+
+def test_offloading_fits_into_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=CPUOffloadOptimizer))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_the_cpu = ("--trainer.accelerator=cpu",)
+    offloaded = run("trec", "cpu_offload", tmp_path, *on_the_cpu, "--model.optimizer.weight_decay=0")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    plain = run("trec", "full", tmp_path, "--model.optimizer.weight_decay=0")
+    assert_same_weights(offloaded.model, plain.model)
+
+
+def test_what_cannot_be_clipped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_hift.packaged_optimizers import OffloadedAdamW
+
+    monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=CPUOffloadOptimizer))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for kind in (OffloadedAdamW, MeZO):
+        with pytest.raises(
+            ValueError, match=r"Got gradient_clip_val=1.0, but .* has no gradients that could be clipped"
+        ):
+            trainer().fit(Manual(kind, gradient_clip_val=1.0), loader(1))
+
+
+def test_an_offloading_optimizer_is_not_for_hift(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = CPUOffloadOptimizer(nn.Linear(2, 2).parameters(), torch.optim.AdamW, offload_gradients=False)
+    with pytest.raises(TypeError, match="it wraps AdamW, which holds the state and steps by itself"):
+        check_optimizer(optimizer)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
