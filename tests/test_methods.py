@@ -17,6 +17,7 @@ from lightning_hift import HiFTCallback, HiFTCLI, HiFTStrategy, MeZO
 from lightning_hift.optimizer_checks import check_optimizer
 from lightning_hift.tasks.adapters import add_adapter
 from lightning_hift.tasks.network import NetworkSource, build_network, peft_task_type
+from lightning_hift.tasks.run_facts import run_facts
 from tests.models import Manual, assert_same_weights, loader, trainer, weights
 from tests.text_models import save_network
 from tests.tiny_texts import byte_tokenizer, write_rows
@@ -135,6 +136,8 @@ def test_a_part_trains_and_the_rest_neither_moves_nor_has_state(method: str, tas
     assert any(heads[task] in name for name in stepped)
     if method == "bitfit":
         assert {name for name in after if name.endswith("bias")} <= stepped
+    patterns = "*bias, head" if method == "bitfit" else "head"
+    assert run_facts(cli.model)["Method"] == {"method": f"all layers at once, all parameters that match {patterns}"}
     inner = [name for name in stepped if ".0." in name]
     assert all(name.endswith("bias") for name in inner)
     assert bool(inner) == (method == "bitfit")
