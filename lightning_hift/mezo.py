@@ -145,6 +145,7 @@ def _move(moving: list[_Moving], places: int) -> None:
     if places:
         for each in moving:
             each.parameter.add_(each.noise(), alpha=places * each.options["eps"])
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
 
 def _smaller_weights(p: nn.Parameter, sparsity: float) -> Tensor | None:
@@ -156,7 +157,6 @@ def _smaller_weights(p: nn.Parameter, sparsity: float) -> Tensor | None:
 
 
 def _loss_of(closure: Callable[[], Any], moving: list[_Moving]) -> Any:
-    torch.clear_autocast_cache()  # it holds casts of the weights as they were
     try:
         loss = closure()
     except RuntimeError as error:

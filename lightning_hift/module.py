@@ -93,7 +93,10 @@ class HiFTModule(pl.LightningModule):
 
     def _loss_of_window(self) -> Tensor | None:
         losses = [loss for each in self._window if (loss := self.training_loss(*each)) is not None]
-        return torch.stack(losses).sum() / self.accumulate_grad_batches if losses else None
+        if not losses:
+            return None
+        # Of all processes: they draw the same noise, and have to go the same way.
+        return self.trainer.strategy.reduce(torch.stack(losses).sum() / self.accumulate_grad_batches, reduce_op="mean")
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
