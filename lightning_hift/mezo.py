@@ -29,8 +29,9 @@ class MeZO(Optimizer):
     time and nothing else: no gradients, no moments, and no activations of a backward pass. Under HiFT only the active
     group is trainable, which makes MeZO block-wise.
 
-    Both losses see the same dropout. The state is a number of steps per parameter, so that a resumed run draws the
-    noise of one that was never interrupted.
+    Both losses see the same dropout. Several processes draw the same noise, so their closures have to return the same
+    loss: the mean of all, as in a ``HiFTModule``. The state is a number of steps per parameter, so that a resumed run
+    draws the noise of one that was never interrupted.
 
     Args:
         params: As in ``torch.optim``.

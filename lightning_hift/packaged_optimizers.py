@@ -122,6 +122,8 @@ class GaLoreAdamW(Optimizer):
         if rank < 1 or update_proj_gap < 1:
             raise ValueError(f"Got rank={rank} and update_proj_gap={update_proj_gap}; both must be at least 1.")
         kind = _import("galore_torch", "galore-torch").GaLoreAdamW
+        projector = _import("galore_torch.galore_projector", "galore-torch").GaLoreProjector
+        torch.serialization.add_safe_globals([projector])  # it is in the state, and so in checkpoints
         projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
         groups: list[dict[str, Any]] = []
         for group in _as_groups(params):

@@ -13,12 +13,13 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTCLI, HiFTStrategy, MeZO
+from lightning_hift import HiFTCallback, HiFTCLI, HiFTStrategy, MeZO, packaged_optimizers
 from lightning_hift.optimizer_checks import check_optimizer
+from lightning_hift.packaged_optimizers import GaLoreAdamW, OffloadedAdamW
 from lightning_hift.tasks.adapters import add_adapter
 from lightning_hift.tasks.network import NetworkSource, build_network, peft_task_type
 from lightning_hift.tasks.run_facts import run_facts
-from tests.models import Manual, assert_same_weights, loader, trainer, weights
+from tests.models import Manual, ResumableLoader, assert_same_weights, loader, tokens, trainer, weights
 from tests.text_models import save_network
 from tests.tiny_texts import byte_tokenizer, write_rows
 
@@ -217,9 +218,8 @@ class _LowRank(torch.optim.AdamW):
 
 
 def test_galore_projects_matrices_that_are_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_hift.packaged_optimizers import GaLoreAdamW
-
     monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(GaLoreAdamW=_LowRank))
+    monkeypatch.setitem(sys.modules, "galore_torch.galore_projector", SimpleNamespace(GaLoreProjector=_LowRank))
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
     optimizer = GaLoreAdamW([{"params": model.parameters(), "weight_decay": 0.1}], lr=0.5, rank=4)
     large, rest = optimizer.param_groups
@@ -230,6 +230,22 @@ def test_galore_projects_matrices_that_are_large_enough(monkeypatch: pytest.Monk
     assert (large["weight_decay"], rest["weight_decay"], rest["lr"]) == (0.1, 0.1, 0.5)
     with pytest.raises(ValueError, match="Got rank=8, but no matrix has more rows and columns"):
         GaLoreAdamW(model.parameters(), rank=8)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "GaLoreAdamW"])
+def test_a_resumed_run_is_one_that_was_never_interrupted(name: str, tmp_path: Path) -> None:
+    pytest.importorskip({"AdamW8bit": "torchao", "GaLoreAdamW": "galore_torch"}[name])
+    options = {"AdamW8bit": {"block_size": 8}, "GaLoreAdamW": {"rank": 4, "update_proj_gap": 2}}[name]
+
+    def fit(steps: int, **resumed: Any) -> Manual:
+        module = Manual(lambda parameters: getattr(packaged_optimizers, name)(parameters, lr=1e-2, **options))
+        fitting = trainer(max_epochs=-1, max_steps=steps)
+        fitting.fit(module, ResumableLoader(tokens(8)), **resumed)
+        fitting.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    fit(5)
+    assert_same_weights(fit(8, ckpt_path=tmp_path / "5.ckpt"), fit(8))
 
 
 class CPUOffloadOptimizer(torch.optim.Optimizer):
@@ -267,8 +283,6 @@ def test_offloading_fits_into_a_trainer(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_clipped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_hift.packaged_optimizers import OffloadedAdamW
-
     monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=CPUOffloadOptimizer))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for kind in (OffloadedAdamW, MeZO):
@@ -287,7 +301,5 @@ def test_an_offloading_optimizer_is_not_for_hift(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_offloading_says_that_it_needs_a_gpu() -> None:
     pytest.importorskip("torchao")
-    from lightning_hift.packaged_optimizers import OffloadedAdamW
-
     with pytest.raises(RuntimeError, match="OffloadedAdamW, which needs a CUDA GPU"):
         OffloadedAdamW(nn.Linear(2, 2).parameters())
