@@ -352,7 +352,7 @@ class HiFTEngine:
         turns = self._turns_at(self.step - 1)
         rounds += [(self._active_group.index, turn) for turn in turns]
         if not self._needs_gradient:  # one closure, so one step for all
-            rounds = [(self._active_group.index, [*turns[0], *self._fixed])]
+            rounds = [(rounds[-1][0], [piece for _, turn in rounds for piece in turn])]
         for owner, turn in rounds[:-1]:
             self._lend(owner, turn)
             _bare_step(self.optimizer)
