@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, MeZO
+from lightning_hift.probe import live_state_bytes, state_bytes
 from tests.models import (
     GROUPS,
     Automatic,
@@ -256,6 +257,12 @@ def test_in_a_plain_loop() -> None:
         assert {name for name, w in weights(model).items() if not torch.equal(w, before[name])} == set(group)
     engine.close()
     assert {entry["step"] for entry in optimizer.state_dict()["state"].values()} == {1}
+
+
+def test_a_plan_knows_that_there_are_no_bytes_of_state() -> None:
+    model = Net()
+    assert {each.device + each.host for each in state_bytes(mezo, list(model.parameters()))} == {0}
+    assert {each.device + each.host for each in live_state_bytes(mezo(model.parameters())).values()} == {0}
 
 
 def test_masters_and_slices_are_refused() -> None:
