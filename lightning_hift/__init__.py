@@ -10,6 +10,7 @@ from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
+from lightning_hift.mezo import MeZO
 from lightning_hift.offload import StateOffloader
 from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_hift.precision import HiFTPrecision
     from lightning_hift.predictions import PredictionWriter
     from lightning_hift.strategy import HiFTStrategy
+    from lightning_hift.trainable import TrainOnly
     from lightning_hift.training_speed import TrainingSpeed
 
 __version__ = "0.1.0"
@@ -39,11 +41,13 @@ __all__ = [
     "LayerGroup",
     "LayerUnit",
     "LayerUpdates",
+    "MeZO",
     "PredictionWriter",
     "StateOffloader",
     "StreamingCheckpointIO",
     "SweepLR",
     "SweepSchedule",
+    "TrainOnly",
     "TrainingSpeed",
     "attach_engines",
     "find_layer_units",
@@ -61,6 +65,7 @@ _NEEDS_LIGHTNING = {
     "LayerUpdates": "layer_updates",
     "PredictionWriter": "predictions",
     "StreamingCheckpointIO": "checkpoint_io",
+    "TrainOnly": "trainable",
     "TrainingSpeed": "training_speed",
     "make_plan": "planner.plan",
 }

@@ -18,6 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks.export import export_checkpoint
+from lightning_hift.trainable import TrainOnly
 from lightning_hift.trainer import HiFTTrainer
 from lightning_hift.training_speed import TrainingSpeed
 
@@ -43,6 +44,8 @@ class SaveConfigToLogDir(SaveConfigCallback):
 
 class HiFTCLI(LightningCLI):
     """``LightningCLI`` with the ``HiFTCallback``'s arguments under ``hift:``, and ``strategy: hift`` by default.
+
+    With ``plain: true`` it is a ``LightningCLI`` without either, for what HiFT is compared with.
 
     Use it in a script of your own, with your own classes::
 
@@ -97,11 +100,23 @@ class HiFTCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``hift:``. A subclass that adds arguments of its own calls this one, too."""
+        """Add ``hift``, ``plain`` and ``train_only``. A subclass that adds arguments of its own calls this one, too."""
         parser.usage = (
             "%(prog)s [--config FILE] [--help] [--KEY VALUE ...]"  # an error should not hide below all options
         )
         parser.add_lightning_class_args(HiFTCallback, "hift")
+        parser.add_argument(
+            "--plain",
+            type=bool,
+            default=False,
+            help="Train all that is trainable at every step, by Lightning alone: no HiFTCallback, and strategy auto.",
+        )
+        parser.add_argument(
+            "--train_only",
+            type=list[str] | None,
+            default=None,
+            help="Freeze all but these: patterns of parameter names, and names of layer units. See TrainOnly.",
+        )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -115,7 +130,11 @@ class HiFTCLI(LightningCLI):
                 self._quieted[logger] = logger.level
                 logger.setLevel(logging.WARNING)  # devices and seeds are of no interest, nor is advertising
         config = self.config.get(self.config.get("subcommand") or "", self.config)
+        if config["plain"]:
+            _make_plain(parser, self.config.get("subcommand"), config)
         _try(parser, "hift", HiFTCallback, config["hift"])
+        if config["train_only"] is not None:
+            _try(parser, "train_only", TrainOnly, {"patterns": config["train_only"]})
         strategy = config["trainer"]["strategy"]
         if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
             given = vars(strategy.init_args)
@@ -132,6 +151,17 @@ class HiFTCLI(LightningCLI):
             while cause.__cause__ is not None:  # jsonargparse lists types and values around it
                 cause = cause.__cause__
             raise cause from None
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer, with the ``HiFTCallback`` of ``hift:`` unless it is to be a plain one."""
+        if self._get(self.config, "plain"):
+            self._parser(self.subcommand).callback_keys.remove("hift")
+        trainer = super().instantiate_trainer(**kwargs)
+        patterns = self._get(self.config, "train_only")
+        if patterns is not None:  # no entry of trainer.callbacks, which another file may replace
+            trainer.callbacks.insert(0, TrainOnly(patterns))  # type: ignore[attr-defined]
+        return trainer
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -162,6 +192,23 @@ def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], ar
         make(**arguments)
     except ValueError as error:
         parser.error(f'Parser key "{key}": {error}')
+
+
+def _make_plain(parser: LightningArgumentParser, subcommand: str | None, config: Any) -> None:
+    """Take HiFT out of a configuration with ``plain: true``; what asks for it at the same time is an error."""
+    defaults = {name: p.default for name, p in inspect.signature(HiFTCallback).parameters.items()}
+    given = [f"{name}={value!r}" for name, value in vars(config["hift"]).items() if value != defaults[name]]
+    if subcommand in _WITHOUT_A_RUN:
+        parser.error(f"{subcommand} shows layer groups, and plain=true trains without. Leave plain out for it.")
+    if given:
+        parser.error(
+            f'Parser key "hift": got {", ".join(given)} beside plain=true, which trains without HiFT. Drop one.'
+        )
+    strategy = config["trainer"]["strategy"]
+    if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
+        parser.error("Got the strategy HiFTStrategy beside plain=true, which trains without HiFT. Drop one.")
+    if strategy == HiFTStrategy.strategy_name:  # the default
+        config["trainer"]["strategy"] = "auto"
 
 
 def _keep_hashes(load_yaml: Callable[[str], Any], text: str) -> Any:

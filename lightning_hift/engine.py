@@ -100,6 +100,7 @@ class HiFTEngine:
             self.parameters |= unit.parameters
         self.step = 0
         self._advance_on_step = advance_on_step
+        self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
         self._held_back = tuple(held_back)
         self._check_ownership()
         self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
@@ -107,6 +108,11 @@ class HiFTEngine:
         self._check_slicing(max_group_numel)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
+        if masters != "none" and not self._needs_gradient:
+            raise ValueError(
+                f"Got master_weights={master_weights!r}, but {type(optimizer).__name__} moves the weights that the"
+                " forward pass reads. Use master_weights='none', or precision='32-true'."
+            )
 
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
@@ -118,7 +124,7 @@ class HiFTEngine:
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
-        self._proof: FirstSweepProof | None = FirstSweepProof(self.parameters)
+        self._proof = FirstSweepProof(self.parameters) if self._needs_gradient else None
         self.watchers: list[StepWatcher] = []
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
@@ -250,7 +256,7 @@ class HiFTEngine:
         Raises:
             RuntimeError: No active parameter has a gradient.
         """
-        if all(p.grad is None for p in self._active):
+        if self._needs_gradient and all(p.grad is None for p in self._active):
             raise RuntimeError(self.explain_missing_gradient())
 
     def explain_missing_gradient(self) -> str:
@@ -313,7 +319,9 @@ class HiFTEngine:
             self._lender.cancel()  # an earlier step has failed half-way
         # args[0] is the optimizer itself; a closure runs forward and backward inside step.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not self._needs_gradient:  # it moves the weights before it calls its closure
+            self.announce_step()
+        if closure is None or not self._needs_gradient:
             self._lend_all()
             return None
 
@@ -343,6 +351,8 @@ class HiFTEngine:
         rounds: list[tuple[int | str, list[Piece]]] = [(_ALWAYS, self._fixed)] if self._fixed else []
         turns = self._turns_at(self.step - 1)
         rounds += [(self._active_group.index, turn) for turn in turns]
+        if not self._needs_gradient:  # one closure, so one step for all
+            rounds = [(rounds[-1][0], [piece for _, turn in rounds for piece in turn])]
         for owner, turn in rounds[:-1]:
             self._lend(owner, turn)
             _bare_step(self.optimizer)

@@ -23,8 +23,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
     for kind, reason in _REFUSED.items():
         if isinstance(optimizer, kind):
             _refuse(kind, reason)
-    inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
-    if inner is not None and not (inner.state is optimizer.state and inner.param_groups is optimizer.param_groups):
+    own = list(vars(optimizer).values())
+    own += [value for table in own if isinstance(table, dict) for value in table.values()]
+    inner = next((value for value in own if isinstance(value, Optimizer)), None)
+    if inner is not None and not (
+        inner.state is getattr(optimizer, "state", None) and inner.param_groups is optimizer.param_groups
+    ):
         _refuse(type(optimizer), f"it wraps {type(inner).__name__}, which holds the state and steps by itself")
     if getattr(optimizer, "is_paged", False):
         _refuse(type(optimizer), "it pages its state in and out by itself, which offload='host' does already")

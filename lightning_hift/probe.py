@@ -141,6 +141,10 @@ def _twin(optimizer: Optimizer, group: Mapping[str, Any], probes: list[nn.Parame
 
 def _step(optimizer: Optimizer) -> None:
     step: Any = type(optimizer).step
+    arguments: list[Any] = [optimizer]
+    if not getattr(optimizer, "needs_gradient", True):
+        optimizer.zero_grad()
+        arguments.append(lambda: torch.zeros(()))
     # Hooks that were set for all optimizers must not see a probe, and nothing is worth compiling for one step.
     with torch.compiler.set_stance("force_eager"):
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.predictions import PredictionWriter
 from lightning_hift.report import describe_groups
+from lightning_hift.trainable import TrainOnly
 
 
 class HiFTTrainer(pl.Trainer):
@@ -41,8 +43,7 @@ class HiFTTrainer(pl.Trainer):
             ValueError: The grouping does not fit the model.
         """
         callback = self._hift()
-        with torch.device("meta"):
-            model.configure_model()
+        self._build(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (found,) = find_groups(model, [optimizer], **callback.grouping)
         print(describe_groups(found.groups, found.always_active))
@@ -86,8 +87,7 @@ class HiFTTrainer(pl.Trainer):
         found = self.make_plan(
             model,
             datamodule,
-            batch_size,
-            sequence_length,
+            _given(batch_size=batch_size, sequence_length=sequence_length),
             device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
             host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
             link=_bytes_per_second(link),
@@ -104,8 +104,7 @@ class HiFTTrainer(pl.Trainer):
         self,
         model: pl.LightningModule,
         datamodule: pl.LightningDataModule | None = None,
-        batch_size: int | None = None,
-        sequence_length: int | None = None,
+        setup: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Plan:
         """What ``plan`` prints; see there.
@@ -113,22 +112,16 @@ class HiFTTrainer(pl.Trainer):
         Args:
             model: The module to plan for.
             datamodule: See ``plan``.
-            batch_size: See ``plan``.
-            sequence_length: See ``plan``.
+            setup: Fields of ``Setup`` that are not to be those of the Trainer and the data module.
             options: Everything else that ``lightning_hift.planner.plan.make_plan`` takes.
         """
-        with torch.device("meta"):
-            model.configure_model()
+        self._build(model)
         callback = self._hift()
+        sizes = {name: getattr(datamodule, name, None) for name in ("batch_size", "sequence_length")}
+        own = {"precision": str(self.precision), "group_size": callback.group_size, **_given(**sizes)}
         return make_plan(
             model,
-            Setup(
-                precision=str(self.precision),
-                group_size=callback.group_size,
-                batch_size=_first_given(batch_size, getattr(datamodule, "batch_size", None), 1),
-                sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
-                **self._strategy_setup(),
-            ),
+            Setup(**{**own, **self._strategy_setup(), **(setup or {})}),
             units=callback.units,
             frozen=callback.frozen,
             always_active=callback.always_active,
@@ -170,6 +163,14 @@ class HiFTTrainer(pl.Trainer):
             for writer in added:
                 callbacks.remove(writer)
 
+    def _build(self, model: pl.LightningModule) -> None:
+        """Build the network without memory for its weights, and freeze what a fit would."""
+        with torch.device("meta"):
+            model.configure_model()
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainOnly):
+                callback.freeze(model)
+
     def _hift(self) -> HiFTCallback:
         return find_callback(self) or HiFTCallback()
 
@@ -189,5 +190,5 @@ def _bytes_per_second(link: str) -> int:
         raise ValueError(f"Got link={link!r}; it must be a speed above 0, such as '25GB/s' or '12GiB/s'.") from error
 
 
-def _first_given(*values: int | None) -> int:
-    return next(value for value in values if value is not None)
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -220,6 +220,72 @@ def test_a_subclass_can_add_arguments(config: str) -> None:
     assert callback_of(cli).group_size == 1
 
 
+# --- plain ------------------------------------------------------------------------------------------------------------
+
+QUIET = ("--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+
+
+def test_plain_is_lightning_alone(config: str) -> None:
+    without = {**CONFIG, "plain": True}
+    del without["hift"]
+    Path(config).write_text(yaml.safe_dump(without))
+    cli = run_cli("fit", "--config", config, *QUIET)
+    assert not any(isinstance(c, HiFTCallback) for c in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    assert type(cli.trainer.strategy).__name__ == "SingleDeviceStrategy"
+    assert cli.trainer.global_step == 3
+
+
+def test_plain_can_be_saved_and_run_again(config: str, tmp_path: Path) -> None:
+    without = {key: value for key, value in CONFIG.items() if key != "hift"}
+    Path(config).write_text(yaml.safe_dump({**without, "plain": True, "train_only": ["head"]}))
+    run_cli("fit", "--config", config)
+    saved = tmp_path / "lightning_logs" / "version_0" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["trainer"]["strategy"] == "auto"
+    cli = run_cli("validate", "--config", str(saved), *QUIET)
+    assert not any(isinstance(c, HiFTCallback) for c in cli.trainer.callbacks)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit --plain=true", "got group_size=2, order='top2down', always_active=['head'] beside plain=true"),
+        ("groups --plain=true", "groups shows layer groups, and plain=true trains without"),
+        ("plan --plain=true", "plan shows layer groups, and plain=true trains without"),
+        ("fit --plain=maybe", "plain"),
+        ("fit --train_only=[]", "Got no patterns in TrainOnly"),
+    ],
+)
+def test_what_does_not_go_with_plain_is_a_short_message(
+    arguments: str, message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subcommand, *rest = arguments.split()
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(subcommand, "--config", config, *rest)
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) <= 8
+
+
+def test_plain_refuses_the_strategy_of_hift(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    without = {key: value for key, value in CONFIG.items() if key != "hift"}
+    Path(config).write_text(yaml.safe_dump(without))
+    strategy = ["--trainer.strategy", "lightning_hift.HiFTStrategy", "--trainer.strategy.offload", "none"]
+    with pytest.raises(SystemExit, match="2"):
+        run_cli("fit", "--config", config, "--plain=true", *strategy)
+    assert "the strategy HiFTStrategy beside plain=true" in capsys.readouterr().err
+
+
+def test_train_only_goes_with_hift_and_survives_other_callbacks(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ["--train_only=[head, embedding]", "--hift.always_active=null", "--hift.group_size=1"]
+    more = "--trainer.callbacks=lightning.pytorch.callbacks.ModelSummary"
+    cli = run_cli("fit", "--config", config, *only, more, *QUIET)
+    assert [group.name for group in callback_of(cli).groups] == ["embedding", "head"]
+    run_cli("groups", "--config", config, *only)
+    assert "of 17 parameters" in capsys.readouterr().out
+
+
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 

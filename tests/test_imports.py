@@ -15,9 +15,9 @@ FLOORS = [
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"},
-    {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight"},
+    {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight", "mezo"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
-    | {"predictions", "training_speed", "layer_updates", "layer_updates_plot"},
+    | {"trainable", "packaged_optimizers", "predictions", "training_speed", "layer_updates", "layer_updates_plot"},
     {"tasks", "data"},
     {"planner"},
     {"cli", "trainer"},
@@ -76,7 +76,7 @@ def test_lower_floors_need_only_torch(path):
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_packages_are_imported_lazily(path):
-    lazy = {"transformers", "peft", "datasets", "bitsandbytes", "torchao", "matplotlib", "tensorboard"}
+    lazy = {"transformers", "peft", "datasets", "bitsandbytes", "torchao", "galore_torch", "matplotlib", "tensorboard"}
     for module, at_top in imported(path):
         assert not (at_top and module.split(".")[0] in lazy), f"{path.name} imports {module} at the top"
 

@@ -44,6 +44,8 @@ def test_evaluation_takes_each_row_once() -> None:
 FIT = """
 import json, os, sys
 import lightning.pytorch as pl
+import torch
+from lightning_hift import MeZO
 from lightning_hift.data import ClassificationDataModule
 from lightning_hift.tasks import SequenceClassification
 
@@ -55,7 +57,8 @@ data = ClassificationDataModule(
     batch_size=4,
     cache_dir="cache",
 )
-task = SequenceClassification(model="model")
+optimizer = {"AdamW": torch.optim.AdamW, "MeZO": lambda parameters: MeZO(parameters, lr=1e-2)}[sys.argv[2]]
+task = SequenceClassification(model="model", optimizer=optimizer)
 several = {"strategy": "ddp", "devices": 2} if sys.argv[1] == "2" else {}
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **several, **quiet)
@@ -67,13 +70,14 @@ with open(f"found-{sys.argv[1]}-{trainer.global_rank}.json", "w") as file:
 """
 
 
-def test_metrics_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["AdamW", "MeZO"])
+def test_metrics_of_two_processes_are_those_of_one(optimizer: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "fit.py").write_text(FIT)
     save_network(tmp_path / "model")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for processes in ("1", "2"):
-        command = [sys.executable, "fit.py", processes]
+        command = [sys.executable, "fit.py", processes, optimizer]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     one, first, second = (json.loads((tmp_path / f"found-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))

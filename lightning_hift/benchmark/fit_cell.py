@@ -10,9 +10,11 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 
 from lightning_hift.benchmark.kinds import Planned
+from lightning_hift.callback import find_callback
 from lightning_hift.cli import HiFTCLI, main
 from lightning_hift.trainer import HiFTTrainer
 
+_MORE_THAN_ANY = 10**6  # layer units
 _QUIET = {
     "trainer.logger": False,
     "trainer.enable_checkpointing": False,
@@ -40,7 +42,9 @@ def plan(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Pl
     """Bytes at the peak, without a run."""
     arguments = _arguments(configs, {**options, "seed_everything": False}, folder)
     cli = HiFTCLI(args=arguments, run=False)
-    found = cast(HiFTTrainer, cli.trainer).make_plan(cli.model, cli.datamodule, compare=False).forecast
+    trainer, by_hift = cast(HiFTTrainer, cli.trainer), find_callback(cli.trainer) is not None
+    full = {} if by_hift else {"group_size": _MORE_THAN_ANY, "offload": "none"}
+    found = trainer.make_plan(cli.model, cli.datamodule, full, compare=False).forecast
     return {"device": found.peak, "host": found.host_bytes}
 
 

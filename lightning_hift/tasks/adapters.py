@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+_WITH_A_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str | None) -> nn.Module:
@@ -14,7 +17,8 @@ def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str |
     Args:
         network: A network of transformers.
         adapter: ``peft_type``, such as ``"LORA"``, ``"ADALORA"``, ``"IA3"``, ``"PREFIX_TUNING"``, ``"PROMPT_TUNING"``
-            or ``"P_TUNING"``, and the arguments of peft's configuration of that name.
+            or ``"P_TUNING"``, and the arguments of peft's configuration of that name. With
+            ``target_modules="all-linear"`` the whole head is trained where the task's head is new.
         task_type: peft's word for the task; with it, peft trains the head, too, where the task's head is new.
 
     Raises:
@@ -33,11 +37,24 @@ def add_adapter(network: nn.Module, adapter: Mapping[str, Any], task_type: str |
             f"Got peft_type={adapter.get('peft_type')!r} in adapter; it must be one of {', '.join(known)}."
         )
     try:
-        config = get_peft_config({"task_type": task_type, **adapter})
+        config = get_peft_config({"task_type": task_type, **_new_head(network, adapter, task_type), **adapter})
     except TypeError as error:
         raise ValueError(f"Got adapter={dict(adapter)!r}, which peft does not take: {error}.") from error
     adapted: nn.Module = get_peft_model(network, config)
     return adapted
+
+
+def _new_head(network: nn.Module, adapter: Mapping[str, Any], task_type: str | None) -> dict[str, Any]:
+    """For ``"all-linear"``: train a new head as a whole. peft knows that of few tasks, and few names of heads."""
+    if adapter.get("target_modules") != "all-linear" or task_type not in _WITH_A_NEW_HEAD:
+        return {}
+    body = getattr(network, "base_model_prefix", "")
+    apart = [
+        (name, part) for name, part in network.named_children() if name != body and any(True for _ in part.parameters())
+    ]
+    # Few networks, such as T5 for questions, have their blocks beside the head.
+    head = [name for name, part in apart if hasattr(network, body) or isinstance(part, nn.Linear)]
+    return {"modules_to_save": head, "exclude_modules": rf"({'|'.join(map(re.escape, head))})(\..*)?"}
 
 
 class RankAllocation:

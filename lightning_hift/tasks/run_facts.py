@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hift.callback import find_callback
+from lightning_hift.trainable import TrainOnly
 
 if TYPE_CHECKING:
     from lightning_hift.tasks.transformer import TransformerModule
@@ -77,6 +78,9 @@ def _data(datamodule: Any) -> dict[str, str]:
 def _method(module: TransformerModule, trainer: Any) -> dict[str, str]:
     callback = find_callback(trainer)
     trained = "adapter" if module.adapter is not None else "all parameters"
+    only = [pattern for each in trainer.callbacks if isinstance(each, TrainOnly) for pattern in each.patterns]
+    if only:
+        trained += f" that match {', '.join(only)}"
     if callback is None:
         return {"method": f"all layers at once, {trained}"}
     rows = {
@@ -122,7 +126,7 @@ def _optimizer(optimizer: Optimizer) -> str:
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper has it
     options = [
         f"{name}={_spelled(value)}"
-        for name, value in inner.defaults.items()
+        for name, value in getattr(inner, "defaults", {}).items()  # one that offloads has none
         if name != "lr" and not isinstance(value, bool) and isinstance(value, (Number, Tensor, tuple))
     ]
     return f"{type(inner).__name__} ({', '.join(options)})" if options else type(inner).__name__
