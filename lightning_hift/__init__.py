@@ -11,8 +11,10 @@ from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
 from lightning_hift.offload import StateOffloader
+from lightning_hift.policies import HFT, IST, LISA, BAdam
 from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 if TYPE_CHECKING:
     from lightning_hift.callback import HiFTCallback
@@ -28,18 +30,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "ActivationBudget",
+    "BAdam",
+    "HFT",
     "HiFTCLI",
     "HiFTCallback",
     "HiFTEngine",
     "HiFTModule",
     "HiFTPrecision",
     "HiFTStrategy",
+    "IST",
+    "LISA",
     "LayerGroup",
     "LayerUnit",
     "LayerUpdates",
     "PredictionWriter",
+    "SelectionPolicy",
     "StateOffloader",
     "StreamingCheckpointIO",
     "SweepLR",

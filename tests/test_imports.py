@@ -11,7 +11,19 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "proof", "report", "table", "random_state"}
+    {
+        "schedule",
+        "selection",
+        "policies",
+        "forward_order",
+        "unit_search",
+        "grouping",
+        "fingerprint",
+        "proof",
+        "report",
+        "table",
+        "random_state",
+    }
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"},
