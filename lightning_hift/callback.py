@@ -275,8 +275,8 @@ class HiFTCallback(Callback):
             rank_zero_warn(
                 f"{self._backwards_without_step} backward passes without a step of the optimizer that HiFT has seen."
                 f" Only {' and '.join(g.name for engine in self._engines for g in engine.active_groups)} has been"
-                " trainable all the time, because the groups take turns at calls of optimizer.step(). An optimizer that is"
-                " stepped by methods of other names (first_step of SAM) cannot be used."
+                " trainable all the time, because the groups take turns at calls of optimizer.step(). An optimizer that"
+                " is stepped by methods of other names (first_step of SAM) cannot be used."
             )
 
     @override
@@ -326,7 +326,7 @@ class HiFTCallback(Callback):
         """The table of groups that is shown at the start of fit."""
         text = [self._engines[0].policy.describe(len(self.groups))]
         for engine in self._engines:
-            text.append(describe_groups(engine.groups, engine.always_active))
+            text.append(describe_groups(engine.groups, engine.always_active, engine.policy.most_groups))
             if engine.step:
                 place = engine.step % engine.policy.steps_per_sweep
                 text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")

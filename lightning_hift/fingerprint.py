@@ -39,8 +39,8 @@ def check_fingerprint(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None
     if differences:
         raise ValueError(
             "The checkpoint was written with another grouping or policy, so its position in the sweep means something"
-            f" else here. Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume, or load"
-            " only the weights to start a new run."
+            f" else here. Checkpoint against this run: {'; '.join(differences)}. Use its settings to resume,"
+            " or load only the weights to start a new run."
         )
 
 

@@ -190,7 +190,7 @@ class HFT(SelectionPolicy):
         draw = random.Random(f"{self.seed}/{sweep}")
         halves: tuple[list[int], list[int]] = ([], [])
         larger = draw.randrange(2)
-        for members in kinds.values():
+        for members in draw.sample(list(kinds.values()), len(kinds)):
             draw.shuffle(members)
             cut = (len(members) + larger) // 2
             larger = (larger + len(members)) % 2

@@ -45,7 +45,7 @@ class HiFTTrainer(pl.Trainer):
             model.configure_model()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (found,) = find_groups(model, [optimizer], **callback.grouping)
-        print(describe_groups(found.groups, found.always_active))
+        print(describe_groups(found.groups, found.always_active, callback.policy.most_groups))
 
     def plan(
         self,
@@ -95,6 +95,7 @@ class HiFTTrainer(pl.Trainer):
                 sequence_length=_first_given(sequence_length, getattr(datamodule, "sequence_length", None), 512),
                 **self._strategy_setup(),
             ),
+            policy=callback.policy,
             units=callback.units,
             frozen=callback.frozen,
             always_active=callback.always_active,
