@@ -304,7 +304,8 @@ class HiFTCallback(Callback):
         self._flush_learning_rates(trainer, SweepLR.flush)
         for index, engine in enumerate(self._engines):
             if (report := engine.first_sweep_report()) is not None:
-                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report))
+                first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
+                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
             if not trainer.barebones:
                 self._log_values(pl_module, index, engine)
 

@@ -7,10 +7,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -115,7 +116,7 @@ class HiFTCLI(LightningCLI):
                 self._quieted[logger] = logger.level
                 logger.setLevel(logging.WARNING)  # devices and seeds are of no interest, nor is advertising
         config = self.config.get(self.config.get("subcommand") or "", self.config)
-        _try(parser, "hift", HiFTCallback, config["hift"])
+        _try(parser, "hift", _make_callback, vars(config["hift"]))
         strategy = config["trainer"]["strategy"]
         if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
             given = vars(strategy.init_args)
@@ -162,6 +163,15 @@ def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], ar
         make(**arguments)
     except ValueError as error:
         parser.error(f'Parser key "{key}": {error}')
+
+
+def _make_callback(policy: Any, **arguments: Any) -> HiFTCallback:
+    """The callback, with a policy that is described in plain values; others are left to jsonargparse."""
+    values = vars(policy.init_args) if policy is not None and "init_args" in policy else {}
+    if policy is None or any(isinstance(value, Namespace) for value in values.values()):
+        return HiFTCallback(**arguments)
+    module, _, name = policy["class_path"].rpartition(".")
+    return HiFTCallback(policy=getattr(import_module(module), name)(**values), **arguments)
 
 
 def _keep_hashes(load_yaml: Callable[[str], Any], text: str) -> Any:

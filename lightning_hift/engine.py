@@ -243,6 +243,11 @@ class HiFTEngine:
                 f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}; it must name one or several"
                 f" of the groups 0 to {len(self.groups) - 1}."
             )
+        if self.policy.most_groups is not None and len(set(chosen)) > self.policy.most_groups:
+            raise ValueError(
+                f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}, more than its most_groups,"
+                f" {self.policy.most_groups}. Let most_groups be as many, or None if it depends."
+            )
         return tuple(self.groups[index] for index in sorted(set(chosen)))
 
     def _reset_inactive(self) -> None:

@@ -32,15 +32,20 @@ def describe_groups(
     largest = sorted((group.numel for group in groups), reverse=True)[:most_groups]
     trained = sum(largest) + sum(unit.numel for unit in always_active)
     return (
-        f"{table}\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
-        " in full fine-tuning."
+        f"{table}\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less"
+        " than in full fine-tuning."
     )
 
 
-def describe_sweep(report: SweepReport) -> str:
-    """One line that says that all parameters were updated, or which were not, and why."""
+def describe_sweep(report: SweepReport, first: str = "first sweep") -> str:
+    """One line that says that all parameters were updated, or which were not, and why.
+
+    Args:
+        report: What was found.
+        first: Until when.
+    """
     if report.complete:
-        return f"HiFT: first sweep done, all {report.num_parameters} trainable parameters were updated."
+        return f"HiFT: {first} done, all {report.num_parameters} trainable parameters were updated."
     reasons = {
         "received no gradient (unused in the forward pass?)": report.without_gradient,
         "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
@@ -52,6 +57,6 @@ def describe_sweep(report: SweepReport) -> str:
         if names
     ]
     return (
-        f"HiFT: after the first sweep, some of the {report.num_parameters} trainable parameters were not updated. "
+        f"HiFT: after the {first}, some of the {report.num_parameters} trainable parameters were not updated. "
         + "; ".join(lines)
     )

@@ -53,6 +53,11 @@ class SweepSchedule(SelectionPolicy):
             )
 
     @property
+    def name(self) -> str:
+        """The method's."""
+        return "HiFT"
+
+    @property
     def steps_per_sweep(self) -> int:
         """Optimizer steps in one sweep."""
         return self.num_groups * self.steps_per_group
@@ -93,7 +98,7 @@ class SweepSchedule(SelectionPolicy):
     def describe(self, num_groups: int) -> str:
         """Order and steps."""
         ends = "" if self.state_handling == "keep" else ", state reset after each turn"
-        return f"HiFT: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) each{ends}"
+        return f"{self.name}: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) each{ends}"
 
 
 def check_order(order: str, reshuffle: bool = False) -> None:

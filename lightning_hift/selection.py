@@ -44,8 +44,13 @@ class SelectionPolicy(ABC):
         """
 
     @property
+    def name(self) -> str:
+        """For reports."""
+        return type(self).__name__
+
+    @property
     def most_groups(self) -> int | None:
-        """How many groups train at once, at most; ``None`` if that is for the groups to say."""
+        """How many groups train at once, at most; ``None``: it depends."""
         return 1
 
     def sweep_at(self, step: int) -> int:
@@ -89,7 +94,7 @@ class SelectionPolicy(ABC):
         """One line for the summary of a run with so many groups."""
         shown = {k: v for k, v in self.fingerprint().items() if k not in ("policy", "seed")}
         details = ", ".join(f"{name}={value}" for name, value in shown.items())
-        return f"{type(self).__name__} over {num_groups} layer groups: {details}"
+        return f"{self.name} over {num_groups} layer groups: {details}"
 
 
 def check_state_handling(state_handling: str) -> None:

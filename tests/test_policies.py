@@ -65,6 +65,7 @@ class OddAndEven(SelectionPolicy):
 
     state_handling = "reset"
     steps_per_sweep = 6
+    most_groups = None
 
     def groups_at(self, step):
         return tuple(range(step // 3 % 2, len(self.groups), 2))
@@ -254,7 +255,7 @@ def test_a_pattern_shares_nothing_with_its_copies(name):
     assert vars(pattern) == before
     assert second.state_dict() == pattern.bound_to(groups(6), 2).state_dict()
     assert first.steps_per_sweep >= 1
-    assert first.most_groups is None or len(first.groups_at(20)) <= max(first.most_groups, 3 * (name == "own"))
+    assert first.most_groups is None or len(first.groups_at(20)) == first.most_groups
 
 
 # --- against the oracle -----------------------------------------------------------------------------------------------
@@ -607,6 +608,14 @@ def test_a_policy_that_selects_nonsense_is_refused(answer):
 
     with pytest.raises(ValueError, match=r"Nonsense.groups_at\(0\) returned .* the groups 0 to 4"):
         attach(Net(), Nonsense())
+
+
+def test_a_policy_that_selects_more_than_it_said_is_refused():
+    class Greedy(OddAndEven):
+        most_groups = 2
+
+    with pytest.raises(ValueError, match=r"returned \(0, 2, 4\), more than its most_groups, 2"):
+        attach(Net(), Greedy())
 
 
 def test_a_policy_that_loses_parameters_is_refused():
