@@ -22,6 +22,7 @@ from lightning_hift.grouping import (
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_state import parameters_of
+from lightning_hift.policies import POLICIES
 from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy
 
@@ -30,7 +31,7 @@ def attach_engines(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
-    policy: SelectionPolicy | None = None,
+    policy: SelectionPolicy | str | None = None,
     group_size: GroupSize = 1,
     order: Order = "bottom2up",
     reshuffle: bool = False,
@@ -51,7 +52,8 @@ def attach_engines(
         model: The module that owns the parameters.
         optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
         policy: Which groups train at which step, in the place of ``order``, ``reshuffle`` and ``steps_per_group``; each
-            optimizer gets a copy of its own. Default: HiFT's ``SweepSchedule`` with those three.
+            optimizer gets a copy of its own. Or the name of one, such as ``"LISA"``. Default: HiFT's ``SweepSchedule``
+            with those three.
         group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
             gradients and state on the device. ``"balanced"``: see ``group_units``.
         order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
@@ -113,20 +115,31 @@ def attach_engines(
 
 
 def choose_policy(
-    policy: SelectionPolicy | None, order: Order = "bottom2up", reshuffle: bool = False, steps_per_group: int = 1
+    policy: SelectionPolicy | str | None,
+    order: Order = "bottom2up",
+    reshuffle: bool = False,
+    steps_per_group: int = 1,
 ) -> SelectionPolicy:
     """``policy``, or HiFT's own with the other arguments.
 
     Raises:
-        ValueError: There are both, or an argument is out of range.
+        ValueError: There are both, an argument is out of range, or there is no policy of that name.
         TypeError: ``policy`` is none.
     """
     schedule = SweepSchedule(1, order, reshuffle, steps_per_group)
     if policy is None:
         return schedule
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            names = ", ".join(map(repr, POLICIES))
+            raise ValueError(
+                f"Got policy={policy!r}; choose one of {names}, pass a SelectionPolicy, or leave it out for HiFT."
+            )
+        policy = POLICIES[policy]()
     if not isinstance(policy, SelectionPolicy):
         raise TypeError(
-            f"Got policy={policy!r}; it must be a SelectionPolicy, such as lightning_hift.LISA(), or None for HiFT."
+            f"Got policy={policy!r}; it must be a SelectionPolicy, such as lightning_hift.LISA(), the name of one"
+            f" ({', '.join(POLICIES)}), or None for HiFT."
         )
     if schedule != SweepSchedule():
         raise ValueError(

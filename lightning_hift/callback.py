@@ -58,7 +58,8 @@ class HiFTCallback(Callback):
             their gradients and state on the device for the whole run. Default: those of the policy, with HiFT none.
         seed: Seed of what is drawn at random; default: that of ``seed_everything``, or 0.
         policy: Which groups train when, in the place of ``order``, ``reshuffle`` and ``steps_per_group``: ``BAdam``,
-            ``LISA``, ``HFT``, ``IST``, or a ``SelectionPolicy`` of your own. Default: HiFT.
+            ``LISA``, ``HFT``, ``IST`` (also by name, with their defaults), or a ``SelectionPolicy`` of your own.
+            Default: HiFT.
 
     Raises:
         ValueError: An argument is out of range, or does not go with the policy.
@@ -76,7 +77,7 @@ class HiFTCallback(Callback):
         frozen: list[str] | None = None,
         always_active: list[str] | None = None,
         seed: int | None = None,
-        policy: SelectionPolicy | None = None,
+        policy: SelectionPolicy | str | None = None,
     ) -> None:
         check_hold_lr(hold_lr)
         check_group_size(group_size)

@@ -167,8 +167,10 @@ def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], ar
 
 def _make_callback(policy: Any, **arguments: Any) -> HiFTCallback:
     """The callback, with a policy that is described in plain values; others are left to jsonargparse."""
-    values = vars(policy.init_args) if policy is not None and "init_args" in policy else {}
-    if policy is None or any(isinstance(value, Namespace) for value in values.values()):
+    if not isinstance(policy, Namespace):
+        return HiFTCallback(policy=policy, **arguments)
+    values = vars(policy.init_args) if "init_args" in policy else {}
+    if any(isinstance(value, Namespace) for value in values.values()):
         return HiFTCallback(**arguments)
     module, _, name = policy["class_path"].rpartition(".")
     return HiFTCallback(policy=getattr(import_module(module), name)(**values), **arguments)

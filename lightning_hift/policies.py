@@ -275,7 +275,7 @@ class IST(_DrawnBlocks):
     def observe(self, step: int, loss: Tensor) -> None:
         """Add a loss to those of this draw."""
         self.groups_at(step)
-        loss = loss.detach().float()
+        loss = loss.detach().float().mean()
         self._sum = loss if self._sum is None else self._sum.to(loss.device) + loss
         self._count += 1
 
@@ -330,6 +330,10 @@ class IST(_DrawnBlocks):
         self._last, self._usual, self._spread = state["last"], state["usual"], state["spread"]
         self._sum = None if state["sum"] is None else torch.tensor(state["sum"], dtype=torch.float32)
         self._count = state["count"]
+
+
+POLICIES: dict[str, type[SelectionPolicy]] = {kind.__name__: kind for kind in (BAdam, LISA, HFT, IST)}
+"""By the name that stands for them with their default arguments."""
 
 
 def _check_count(name: str, value: int) -> None:

@@ -33,8 +33,8 @@ class HiFTTrainer(pl.Trainer):
         All trainable parameters are taken to be in one optimizer.
 
         Args:
-            model: The module to look at; ``units``, ``frozen``, ``always_active`` and ``group_size`` are those of the
-                Trainer's ``HiFTCallback``.
+            model: The module to look at; ``policy``, ``units``, ``frozen``, ``always_active`` and ``group_size`` are
+                those of the Trainer's ``HiFTCallback``.
             datamodule: Not used.
 
         Raises:

@@ -1,11 +1,14 @@
 """Selection policies: what they select, and that the engine does what they say."""
 
+import contextlib
 import io
 import random
+import sys
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from lightning_hift import (
@@ -18,10 +21,12 @@ from lightning_hift import (
     HiFTStrategy,
     LayerGroup,
     LayerUnit,
+    LayerUpdates,
     SelectionPolicy,
     StateOffloader,
     SweepSchedule,
 )
+from lightning_hift.cli import main
 from tests.lagging import LaggingDevice
 from tests.models import (
     Automatic,
@@ -34,6 +39,7 @@ from tests.models import (
     tokens,
     trainer,
 )
+from tests.optimizers import OPTIMIZERS as ALL_OPTIMIZERS
 from tests.reference.selected_groups import train_selected
 from tests.test_resume import assert_same_run
 
@@ -269,6 +275,29 @@ def test_equals_independent_optimizers(name, optimizer, offloader):
     engine = attach(model, POLICIES[name](), optimizer, make_offloader=OFFLOADERS[offloader])
     train(model, engine, batches)
     assert_same_weights(model, train_twin(engine, POLICIES[name](), optimizer, [[batch] for batch in batches]))
+
+
+@pytest.mark.parametrize("policy", [LISA(2, 3), BAdam(3), HFT(2, "reset")], ids=["lisa", "badam", "hft_reset"])
+@pytest.mark.parametrize("name", ["Prodigy", "DAdapt_Adam", "ScheduleFree_AdamW", "optimi_Adan", "torchao_AdamW8bit"])
+def test_optimizers_of_others(name, policy):
+    case, batches = ALL_OPTIMIZERS[name], tokens(13)
+    model, twin = case.model(), case.model()
+    if name.startswith("ScheduleFree") and policy.state_handling == "reset":
+        pytest.skip("refused")
+    optimizer = case.make(model.parameters())
+    engine = HiFTEngine.attach(model, optimizer, policy=policy, seed=SEED, make_offloader=lagging)
+    train(model, engine, batches)
+    train_selected(
+        twin,
+        [names_in(group.units) for group in engine.groups],
+        case.make,
+        [[batch] for batch in batches],
+        next_token_loss,
+        policy.bound_to(engine.groups, SEED).groups_at,
+        always_active=names_in(engine.always_active),
+        reset=policy.state_handling == "reset",
+    )
+    assert_same_weights(model, twin)
 
 
 @pytest.mark.parametrize("offloader", OFFLOADERS)
@@ -507,6 +536,31 @@ def test_bf16_masters_in_a_trainer_survive_clipping(name):
     assert run.callbacks[0].engines[0].master_weights == "split"
 
 
+def test_the_loss_that_a_policy_sees_is_not_scaled():
+    policy = fit(Automatic(), IST(1, 2), 8, strategy="hift", precision="16-true").callbacks[0].engines[0].policy
+    assert 1 < policy.state_dict()["last"] < 10
+    whole = fit(Automatic(), IST(1, 2), 8, strategy="hift").callbacks[0].engines[0].policy
+    assert policy.state_dict()["last"] == pytest.approx(whole.state_dict()["last"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["lisa", "hft"])
+def test_an_activation_budget_changes_no_weight(name):
+    run = fit(Automatic(), POLICIES[name](), 12, strategy=HiFTStrategy(activation_budget=20_000))
+    assert_same_weights(run.lightning_module, fit(Automatic(), POLICIES[name](), 12).lightning_module)
+
+
+@pytest.mark.parametrize("name", ["lisa", "hft_reset"])
+def test_layer_updates_of_several_groups(name, tmp_path):
+    updates = LayerUpdates(tmp_path, plot=False)
+    fit(Automatic(), POLICIES[name](), 24, callbacks=[updates])
+    assert not updates.never_moved
+    steps = {(row["sweep"], row["unit"]): row["steps"] for row in updates.rows}
+    if name == "lisa":
+        blocks = [count for (sweep, unit), count in steps.items() if sweep == 1 and unit.startswith("net.blocks")]
+        assert blocks == [3, 3]
+        assert steps[1, "embedding"] == 3
+
+
 class Two(pl.LightningModule):
     """Two networks with an optimizer each, in manual optimization."""
 
@@ -595,9 +649,78 @@ def test_bad_arguments(make, message):
         make()
 
 
-def test_a_class_is_no_policy():
+def test_a_class_is_no_policy_but_its_name_is():
     with pytest.raises(TypeError, match=r"it must be a SelectionPolicy, such as lightning_hift.LISA\(\)"):
         HiFTCallback(policy=LISA)
+    assert isinstance(HiFTCallback(policy="LISA").policy, LISA)
+    with pytest.raises(ValueError, match="Got policy='Lisa'; choose one of 'BAdam', 'LISA', 'HFT', 'IST'"):
+        HiFTCallback(policy="Lisa")
+
+
+def run_yaml(policy):
+    return {
+        "hift": {"policy": policy},
+        "trainer": {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+        "model": {
+            "class_path": "lightning_hift.tasks.CausalLM",
+            "init_args": {
+                "model_type": "llama",
+                "model_config": {
+                    "vocab_size": 256,
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 3,
+                    "num_attention_heads": 2,
+                },
+            },
+        },
+        "data": {
+            "class_path": "lightning_hift.data.PythonSourceDataModule",
+            "init_args": {"sequence_length": 16, "batch_size": 4, "max_train_bytes": 1000, "max_val_bytes": 400},
+        },
+    }
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a subcommand with a policy from YAML; returns all that it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
+
+    def run(subcommand, policy, *options):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_yaml(policy)))
+        with contextlib.suppress(SystemExit):
+            main([subcommand, "--config", "run.yaml", *options])
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    return run
+
+
+LISA_YAML = {"class_path": "lightning_hift.LISA", "init_args": {"num_blocks": 1, "steps_per_draw": 2}}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_from_yaml(command):
+    assert "all  embedding" in command("groups", LISA_YAML)
+    assert "self_attn.q_proj" in command("groups", "HFT")
+    command("fit", LISA_YAML)
+    assert "always active, in every row: embedding, head" in command("plan", LISA_YAML, "--compare", "false")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ("Lisa", (), "choose one of 'BAdam', 'LISA', 'HFT', 'IST'"),
+        (LISA_YAML | {"init_args": {"num_blocks": 0}}, (), 'Parser key "hift": Got num_blocks=0'),
+        (LISA_YAML | {"init_args": {"num_blocks": 9}}, (), "only 3 layer groups take turns"),
+        (LISA_YAML, ("--hift.order", "random"), "Parser key \"hift\": Got order='random'"),
+        ("HFT", ("--hift.group_size", "2"), "Use group_size=1"),
+    ],
+)
+def test_a_bad_policy_from_yaml_ends_in_a_short_message(command, policy, options, message):
+    assert message in command("groups", policy, *options)
 
 
 @pytest.mark.parametrize("answer", [(), (5,), (-1, 0)])
