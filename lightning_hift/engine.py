@@ -127,7 +127,7 @@ class HiFTEngine:
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
         self._counters_on_load: list[Any] = []
         self._untrained = policy.state_dict()
-        self._reset_for: list[int] | None = None  # the active groups when those that were not were reset last
+        self._trained: tuple[LayerGroup, ...] | None = None  # those that may have state, if it is reset; None: all
         self._num_owned = len(parameters_of(optimizer))
 
         other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
@@ -251,13 +251,12 @@ class HiFTEngine:
         return tuple(self.groups[index] for index in sorted(set(chosen)))
 
     def _reset_inactive(self) -> None:
-        """Drop the state of all groups that do not train, if the policy says so."""
-        active = [group.index for group in self._active_groups]
-        if self.policy.state_handling == "reset" and active != self._reset_for:
-            for group in self.groups:
-                if group.index not in active:
+        """Drop the state of groups that do not train any more, if the policy says so."""
+        if self.policy.state_handling == "reset":
+            for group in self.groups if self._trained is None else self._trained:
+                if group not in self._active_groups:
                     self._state.reset(group.index)
-            self._reset_for = active
+            self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
         if len(parameters_of(self.optimizer)) != self._num_owned:
@@ -474,7 +473,7 @@ class HiFTEngine:
         rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
         self.step = position.get("step", 0)
         self.policy.load_state_dict(position.get("learned", self._untrained))
-        self._active_groups, self._reset_for = self._select(), None
+        self._active_groups, self._trained = self._select(), None
         self._held_on_load = (self.step, position["held"]) if position else None
         self._counters_on_load = position.get("counters", [])
         self._proof = None
@@ -507,7 +506,7 @@ class HiFTEngine:
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._lender.options.load_state_dict(self._counters_on_load)
-        self._reset_for = None
+        self._trained = None
         if self._active and not self._closed:
             self._reset_inactive()
         for scheduler in self.held_schedulers:
