@@ -44,13 +44,21 @@ class FirstSweepProof:
         self._before: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         self._moved: dict[nn.Parameter, Tensor] = {}
         self._unvisited = set(range(num_groups))
+        self._proven: set[nn.Parameter] = set()  # known to have moved
+        self._sweep_ended = False
         self._over = False
         self.is_complete = False
         """Whether all groups have had a turn, and the sweep of the last one is over."""
 
     def count_step(self, groups: Iterable[int], ends_sweep: bool) -> None:
-        """A step of these groups begins; the first one after the proof is complete ends it."""
+        """A step of these groups begins; the first one after the proof is complete ends it.
+
+        Where it takes several sweeps, waits for the device once after each, to leave alone what is known to have moved.
+        """
         self._over = self.is_complete
+        if self._sweep_ended and not self._over:
+            self._proven.update(p for p, moved in self._moved.items() if moved.item())
+        self._sweep_ended = ends_sweep
         self._unvisited.difference_update(groups)
         self.is_complete |= ends_sweep and not self._unvisited
 
@@ -58,7 +66,7 @@ class FirstSweepProof:
         """Note which of the pieces have a gradient, and their checksums."""
         for piece in () if self._over else pieces:
             self._stepped.add(piece.parameter)
-            if piece.handle.grad is not None and piece.handle.numel() > 0:
+            if piece.handle.grad is not None and piece.handle.numel() > 0 and piece.parameter not in self._proven:
                 self._with_gradient.add(piece.parameter)
                 self._before.append((piece.parameter, piece.handle, _checksum(piece.handle)))
 

@@ -26,7 +26,11 @@ from lightning_hift import (
     StateOffloader,
     SweepSchedule,
 )
+from lightning_hift.attach import find_groups
 from lightning_hift.cli import main
+from lightning_hift.memory import GroupBytes, check_memory
+from lightning_hift.preflight import check_before_run
+from lightning_hift.table import format_bytes
 from tests.lagging import LaggingDevice
 from tests.models import (
     Automatic,
@@ -518,6 +522,33 @@ def test_resume_in_a_trainer(name, cut, tmp_path):
     rest.load_state_dict({"next": cut})
     second.fit(Automatic(OPTIMIZERS["adagrad"]), rest, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
     assert_same_run(whole, second)
+
+
+def test_reset_state_needs_less_of_the_host():
+    parts = [GroupBytes(f"group {i}", 10, 40, 80, 0, 1.0) for i in range(5)]
+    check_memory(100, parts, host_memory=100, resets=True)
+    with pytest.raises(RuntimeError, match="optimizer state of all groups"):
+        check_memory(100, parts, host_memory=100)
+    with pytest.raises(RuntimeError, match="optimizer state of one group"):
+        check_memory(100, parts, host_memory=70, resets=True)
+
+
+@pytest.mark.parametrize(("policy", "written"), [(LISA(2, 5), 2 / 3), (HFT(), 1 / 2), (SweepSchedule(), 1 / 5)])
+def test_what_a_disk_is_in_for(policy, written, tmp_path, caplog):
+    model = Automatic()
+    callback = HiFTCallback(policy=policy)
+    optimizer = adamw(model.parameters())
+    told = check_before_run(
+        model,
+        [optimizer],
+        find_groups(model, [optimizer], **callback.grouping),
+        torch.device("cpu"),
+        offload="disk",
+        directory=tmp_path,
+        policy=policy,
+    )
+    total = 8 * sum(p.numel() for p in model.parameters())
+    assert f"1,000 steps write about {format_bytes(1000 * total * written)}" in told
 
 
 @pytest.mark.parametrize("name", ["lisa_reset", "badam", "ist"])
