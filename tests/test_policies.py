@@ -313,13 +313,18 @@ def test_where_state_lives_changes_no_number(name, offloader):
     assert_same_weights(model, train_twin(engine, POLICIES[name](), "adagrad", chunks(batches, 2)))
 
 
-def test_state_on_disk_is_reset(tmp_path):
-    model, batches = Net(), tokens(14)
-    engine = attach(
-        model, BAdam(2), make_offloader=lambda: StateOffloader("cpu", "disk", directory=tmp_path, always_copy=False)
-    )
-    train(model, engine, batches)
-    assert_same_weights(model, train_twin(engine, BAdam(2), "adamw", [[batch] for batch in batches]))
+@pytest.mark.parametrize("optimizer", ["adamw", "adagrad"])
+@pytest.mark.parametrize("make", [lambda **o: StateOffloader("cpu", **o), lagging], ids=["plain", "lagging"])
+def test_state_on_disk_is_reset_and_its_space_given_back(make, optimizer, tmp_path):
+    model, batches, policy = Net(), tokens(30), LISA(2, 1, "reset")
+    engine = attach(model, policy, optimizer, make_offloader=lambda: make(offload="disk", directory=tmp_path))
+    sizes = []
+    for batch in batches:
+        train(model, engine, [batch])
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin")))
+    assert_same_weights(model, train_twin(engine, policy, optimizer, [[batch] for batch in batches]))
+    total = 12 * sum(p.numel() for p in model.parameters())  # two moments, and what is being replaced
+    assert 0 < max(sizes) <= total
     engine.close()
 
 
