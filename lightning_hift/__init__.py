@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hift.attach import attach_engines
 from lightning_hift.checkpointing import ActivationBudget
+from lightning_hift.drawn_blocks import IST, LISA
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
 from lightning_hift.offload import StateOffloader
-from lightning_hift.policies import HFT, IST, LISA, BAdam
+from lightning_hift.policies import HFT, BAdam
 from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
 from lightning_hift.selection import SelectionPolicy

@@ -31,7 +31,7 @@ from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
 from lightning_hift.schedule import Order
-from lightning_hift.selection import SelectionPolicy
+from lightning_hift.selection import SelectionPolicy, check_count
 
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
@@ -81,8 +81,7 @@ class HiFTCallback(Callback):
     ) -> None:
         check_hold_lr(hold_lr)
         check_group_size(group_size)
-        if not isinstance(steps_per_group, int) or isinstance(steps_per_group, bool) or steps_per_group < 1:
-            raise ValueError(f"Got steps_per_group={steps_per_group!r}; it must be a whole number of at least 1.")
+        check_count("steps_per_group", steps_per_group)
         self.group_size = cast(GroupSize, group_size)
         self.order = cast(Order, order)
         self.reshuffle = reshuffle

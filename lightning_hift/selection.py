@@ -107,3 +107,13 @@ def check_state_handling(state_handling: str) -> None:
         raise ValueError(
             f"Got state_handling={state_handling!r}; choose one of {', '.join(map(repr, get_args(StateHandling)))}."
         )
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse what is no number of steps or groups.
+
+    Raises:
+        ValueError: ``value`` is no whole number, or below 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Got {name}={value!r}; it must be a whole number of at least 1.")

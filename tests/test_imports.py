@@ -11,22 +11,11 @@ import lightning_hift
 
 PACKAGE = Path(lightning_hift.__file__).parent
 FLOORS = [
-    {
-        "schedule",
-        "selection",
-        "policies",
-        "forward_order",
-        "unit_search",
-        "grouping",
-        "fingerprint",
-        "proof",
-        "report",
-        "table",
-        "random_state",
-    }
+    {"schedule", "forward_order", "unit_search", "grouping", "fingerprint", "proof", "report", "table", "random_state"}
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
-    | {"allocations", "memory", "probe"},
+    | {"allocations", "memory", "probe"}
+    | {"selection", "policies", "drawn_blocks"},
     {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
     | {"predictions", "training_speed", "layer_updates", "layer_updates_plot"},
