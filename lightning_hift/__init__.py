@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hift.attach import attach_engines
 from lightning_hift.checkpointing import ActivationBudget
+from lightning_hift.drawn_blocks import IST, LISA
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
 from lightning_hift.lr_scheduler import SweepLR
 from lightning_hift.mezo import MeZO
 from lightning_hift.offload import StateOffloader
+from lightning_hift.policies import HFT, BAdam
 from lightning_hift.registration import register_strategies
 from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 if TYPE_CHECKING:
     from lightning_hift.callback import HiFTCallback
@@ -30,19 +33,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "ActivationBudget",
+    "BAdam",
+    "HFT",
     "HiFTCLI",
     "HiFTCallback",
     "HiFTEngine",
     "HiFTModule",
     "HiFTPrecision",
     "HiFTStrategy",
+    "IST",
+    "LISA",
     "LayerGroup",
     "LayerUnit",
     "LayerUpdates",
     "MeZO",
     "PredictionWriter",
+    "SelectionPolicy",
     "StateOffloader",
     "StreamingCheckpointIO",
     "SweepLR",

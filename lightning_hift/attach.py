@@ -22,13 +22,16 @@ from lightning_hift.grouping import (
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_state import parameters_of
-from lightning_hift.schedule import Order, SweepSchedule, check_order
+from lightning_hift.policies import POLICIES
+from lightning_hift.schedule import Order, SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 
 def attach_engines(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
+    policy: SelectionPolicy | str | None = None,
     group_size: GroupSize = 1,
     order: Order = "bottom2up",
     reshuffle: bool = False,
@@ -48,6 +51,9 @@ def attach_engines(
     Args:
         model: The module that owns the parameters.
         optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
+        policy: Which groups train at which step, in the place of ``order``, ``reshuffle`` and ``steps_per_group``; each
+            optimizer gets a copy of its own. Or the name of one, such as ``"LISA"``. Default: HiFT's ``SweepSchedule``
+            with those three.
         group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
             gradients and state on the device. ``"balanced"``: see ``group_units``.
         order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
@@ -55,9 +61,9 @@ def attach_engines(
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of state.
         units: Module-path patterns instead of the automatic search; see ``find_layer_units``.
         frozen: Module-path patterns of parameters that must not train until ``close``.
-        always_active: Patterns of units that train at every step. Their gradients and state never leave the device, and
-            a low one makes every backward pass a deep one.
-        seed: Seed of the random order.
+        always_active: Patterns of units that train at every step; default: those of the policy, with HiFT none. Their
+            gradients and state never leave the device, and a low one makes every backward pass a deep one.
+        seed: Seed of the random order, and of what other policies draw.
         make_offloader: Builds the keeper of one optimizer's state; default: host memory.
         advance_on_step: See ``HiFTEngine``.
         master_weights: See ``HiFTEngine``.
@@ -65,14 +71,20 @@ def attach_engines(
         max_group_numel: See ``HiFTEngine``.
 
     Raises:
-        ValueError: An argument is out of range; a pattern matches nothing, or something twice; a trainable parameter is
-            in no optimizer, or in two.
-        TypeError: An optimizer cannot step one group at a time.
+        ValueError: An argument is out of range, or does not go with the policy; a pattern matches nothing, or something
+            twice; a trainable parameter is in no optimizer, or in two.
+        TypeError: An optimizer cannot step one group at a time, or ``policy`` is none.
         RuntimeError: An optimizer is already under another engine.
     """
-    check_order(order, reshuffle)
+    policy = choose_policy(policy, order, reshuffle, steps_per_group)
     found = find_groups(
-        model, optimizers, group_size=group_size, units=units, frozen=frozen, always_active=always_active
+        model,
+        optimizers,
+        policy=policy,
+        group_size=group_size,
+        units=units,
+        frozen=frozen,
+        always_active=always_active,
     )
     held_back = _select_frozen(model, frozen)
     engines: list[HiFTEngine] = []
@@ -83,7 +95,7 @@ def attach_engines(
             engine = HiFTEngine(
                 optimizer,
                 groups,
-                SweepSchedule(len(groups), order, reshuffle, steps_per_group, seed),
+                policy.bound_to(groups, seed),
                 fixed,
                 make_offloader() if make_offloader else None,
                 advance_on_step,
@@ -102,6 +114,42 @@ def attach_engines(
     return engines
 
 
+def choose_policy(
+    policy: SelectionPolicy | str | None,
+    order: Order = "bottom2up",
+    reshuffle: bool = False,
+    steps_per_group: int = 1,
+) -> SelectionPolicy:
+    """``policy``, or HiFT's own with the other arguments.
+
+    Raises:
+        ValueError: There are both, an argument is out of range, or there is no policy of that name.
+        TypeError: ``policy`` is none.
+    """
+    schedule = SweepSchedule(1, order, reshuffle, steps_per_group)
+    if policy is None:
+        return schedule
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            names = ", ".join(map(repr, POLICIES))
+            raise ValueError(
+                f"Got policy={policy!r}; choose one of {names}, pass a SelectionPolicy, or leave it out for HiFT."
+            )
+        policy = POLICIES[policy]()
+    if not isinstance(policy, SelectionPolicy):
+        raise TypeError(
+            f"Got policy={policy!r}; it must be a SelectionPolicy, such as lightning_hift.LISA(), the name of one"
+            f" ({', '.join(POLICIES)}), or None for HiFT."
+        )
+    if schedule != SweepSchedule():
+        raise ValueError(
+            f"Got order={order!r}, reshuffle={reshuffle} and steps_per_group={steps_per_group} beside the policy"
+            f" {type(policy).__name__}, which decides by itself when a group trains. Leave them out, and give what it"
+            " takes to the policy."
+        )
+    return policy
+
+
 class OptimizerGroups(NamedTuple):
     """What one optimizer trains.
 
@@ -118,6 +166,7 @@ def find_groups(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
+    policy: SelectionPolicy | None = None,
     group_size: GroupSize = 1,
     units: Sequence[str | Sequence[str]] | None = None,
     frozen: Sequence[str] | None = None,
@@ -126,27 +175,46 @@ def find_groups(
     """The layer groups of each optimizer, as ``attach_engines`` would form them. Nothing is changed; see there."""
     units = [units] if isinstance(units, str) else units
     always_active = [always_active] if isinstance(always_active, str) else always_active
+    policy = policy or SweepSchedule()
     held_back = _select_frozen(model, frozen)
     for p in held_back:
         p.requires_grad_(False)
     try:
         check_coverage(model, optimizers)
         found = [find_layer_units(model, units, parameters=parameters_of(optimizer)) for optimizer in optimizers]
-        always = select_units([u for part in found for u in part], always_active) if always_active else []
-        return [_divide(part, [unit for unit in part if unit in always], group_size) for part in found]
+        everything = [unit for part in found for unit in part]
+        if always_active is None:
+            always_active = [n for n in policy.always_active if any(unit.name == n for unit in everything)]
+        always = select_units(everything, always_active) if always_active else []
+        return [_divide(part, [unit for unit in part if unit in always], group_size, policy) for part in found]
     finally:
         for p in held_back:
             p.requires_grad_(True)
 
 
-def _divide(units: list[LayerUnit], fixed: list[LayerUnit], group_size: GroupSize) -> OptimizerGroups:
+def _divide(
+    units: list[LayerUnit], fixed: list[LayerUnit], group_size: GroupSize, policy: SelectionPolicy
+) -> OptimizerGroups:
     rotating = [unit for unit in units if unit not in fixed]
     if not rotating:
         raise ValueError(
-            "always_active matches every layer unit, which leaves nothing to rotate. That is full fine-tuning:"
-            f" use group_size={len(units)} for it."
+            f"always_active ({', '.join(unit.name for unit in fixed)}) matches every layer unit, which leaves nothing"
+            f" to rotate. That is full fine-tuning: use group_size={len(units)} for it, or always_active=[]."
         )
-    return OptimizerGroups(group_units(rotating, group_size), fixed)
+    groups = group_units([part for unit in rotating for part in _split(unit, policy)], group_size)
+    policy.bound_to(groups)  # which may refuse them
+    return OptimizerGroups(groups, fixed)
+
+
+def _split(unit: LayerUnit, policy: SelectionPolicy) -> list[LayerUnit]:
+    parts = policy.split_unit(unit)
+    names = [name for part in parts for name in part.parameters]
+    if sorted(names) != sorted(unit.parameters):
+        raise ValueError(
+            f"{type(policy).__name__}.split_unit divides the layer unit {unit.name} into parts with the parameters"
+            f" {names[:8]}; they must be those of the unit, each once."
+        )
+    return parts
 
 
 def _select_frozen(model: nn.Module, frozen: Sequence[str] | None) -> list[nn.Parameter]:

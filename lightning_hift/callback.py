@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.attach import attach_engines
+from lightning_hift.attach import attach_engines, choose_policy
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
@@ -30,13 +30,14 @@ from lightning_hift.offload import StateOffloader
 from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
-from lightning_hift.schedule import Order, check_order
+from lightning_hift.schedule import Order
+from lightning_hift.selection import SelectionPolicy, check_count
 
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
 class HiFTCallback(Callback):
-    """Fine-tunes all parameters, one layer group per batch (HiFT, arXiv 2401.15207).
+    """Fine-tunes all parameters, one layer group per batch (HiFT, arXiv 2401.15207), or by another policy.
 
     Add it to the callbacks of any Trainer on one device; the LightningModule stays as it is. With several optimizers
     each rotates through the groups of its own parameters. The position in the sweep is saved with the optimizer.
@@ -54,11 +55,15 @@ class HiFTCallback(Callback):
         units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
         frozen: Module-path patterns of what must not train in this run.
         always_active: Names or module-path patterns of units that train at every step, such as ``["head"]``. Costs
-            their gradients and state on the device for the whole run.
-        seed: Seed of the random order; default: that of ``seed_everything``, or 0.
+            their gradients and state on the device for the whole run. Default: those of the policy, with HiFT none.
+        seed: Seed of what is drawn at random; default: that of ``seed_everything``, or 0.
+        policy: Which groups train when, in the place of ``order``, ``reshuffle`` and ``steps_per_group``: ``BAdam``,
+            ``LISA``, ``HFT``, ``IST`` (also by name, with their defaults), or a ``SelectionPolicy`` of your own.
+            Default: HiFT.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or does not go with the policy.
+        TypeError: ``policy`` is none.
     """
 
     def __init__(
@@ -72,12 +77,11 @@ class HiFTCallback(Callback):
         frozen: list[str] | None = None,
         always_active: list[str] | None = None,
         seed: int | None = None,
+        policy: SelectionPolicy | str | None = None,
     ) -> None:
-        check_order(order, reshuffle)
         check_hold_lr(hold_lr)
         check_group_size(group_size)
-        if not isinstance(steps_per_group, int) or isinstance(steps_per_group, bool) or steps_per_group < 1:
-            raise ValueError(f"Got steps_per_group={steps_per_group!r}; it must be a whole number of at least 1.")
+        check_count("steps_per_group", steps_per_group)
         self.group_size = cast(GroupSize, group_size)
         self.order = cast(Order, order)
         self.reshuffle = reshuffle
@@ -87,6 +91,7 @@ class HiFTCallback(Callback):
         self.frozen = frozen
         self.always_active = always_active
         self.seed = seed
+        self.policy = choose_policy(policy, self.order, reshuffle, steps_per_group)
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
@@ -109,12 +114,12 @@ class HiFTCallback(Callback):
     @property
     def grouping(self) -> dict[str, Any]:
         """How groups are formed, as arguments of ``find_groups``."""
-        names = ("group_size", "units", "frozen", "always_active")
+        names = ("policy", "group_size", "units", "frozen", "always_active")
         return {name: getattr(self, name) for name in names}
 
     @property
     def active_group(self) -> LayerGroup:
-        """The group that trains now (the first optimizer's, if there are several).
+        """The group that trains now: the first optimizer's, and of several the one nearest to the input.
 
         Raises:
             RuntimeError: ``fit`` has not begun.
@@ -172,9 +177,6 @@ class HiFTCallback(Callback):
         self._engines = attach_engines(
             trainer.lightning_module,
             strategy.optimizers,
-            order=self.order,
-            reshuffle=self.reshuffle,
-            steps_per_group=self.steps_per_group,
             **self.grouping,
             seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
             advance_on_step=False,
@@ -206,7 +208,7 @@ class HiFTCallback(Callback):
                 continue
             by_step = config.interval == "step"
             # How often a schedule is stepped in a sweep is known only for intervals of steps.
-            ahead = max(1, engine.schedule.steps_per_sweep // config.frequency) if by_step else 1
+            ahead = max(1, engine.policy.steps_per_sweep // config.frequency) if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
 
     def _warn_about_horizons(self, trainer: pl.Trainer) -> None:
@@ -216,7 +218,7 @@ class HiFTCallback(Callback):
             if not is_held(config.scheduler) or config.interval != "step":
                 continue
             engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
-            length, name = engine.schedule.steps_per_sweep, config.scheduler.__class__.__name__
+            length, name = engine.policy.steps_per_sweep, config.scheduler.__class__.__name__
             if length > 1:
                 rank_zero_warn(
                     f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
@@ -253,6 +255,7 @@ class HiFTCallback(Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._observe(trainer, loss.detach())
         if loss.requires_grad:
             if not self._graph_was_checked:
                 refuse_reentrant_graph(loss)
@@ -271,9 +274,9 @@ class HiFTCallback(Callback):
         if self._backwards_without_step == _MANY * trainer.accumulate_grad_batches:
             rank_zero_warn(
                 f"{self._backwards_without_step} backward passes without a step of the optimizer that HiFT has seen."
-                f" Only {' and '.join(engine.active_group.name for engine in self._engines)} has been trainable all the"
-                " time, because the groups take turns at calls of optimizer.step(). An optimizer that is stepped by"
-                " methods of other names (first_step of SAM) cannot be used."
+                f" Only {' and '.join(g.name for engine in self._engines for g in engine.active_groups)} has been"
+                " trainable all the time, because the groups take turns at calls of optimizer.step(). An optimizer that"
+                " is stepped by methods of other names (first_step of SAM) cannot be used."
             )
 
     @override
@@ -301,7 +304,8 @@ class HiFTCallback(Callback):
         self._flush_learning_rates(trainer, SweepLR.flush)
         for index, engine in enumerate(self._engines):
             if (report := engine.first_sweep_report()) is not None:
-                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report))
+                first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
+                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
             if not trainer.barebones:
                 self._log_values(pl_module, index, engine)
 
@@ -321,11 +325,11 @@ class HiFTCallback(Callback):
 
     def summary(self, pl_module: torch.nn.Module) -> str:
         """The table of groups that is shown at the start of fit."""
-        text = [f"HiFT: {self.order} over {len(self.groups)} layer groups, {self.steps_per_group} step(s) each"]
+        text = [self._engines[0].policy.describe(len(self.groups))]
         for engine in self._engines:
-            text.append(describe_groups(engine.groups, engine.always_active))
+            text.append(describe_groups(engine.groups, engine.always_active, engine.policy.most_groups))
             if engine.step:
-                place = engine.step % engine.schedule.steps_per_sweep
+                place = engine.step % engine.policy.steps_per_sweep
                 text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")
         grouped = {id(p) for engine in self._engines for p in engine.parameters.values()}
         rest = [(name, p) for name, p in pl_module.named_parameters() if id(p) not in grouped]
@@ -343,6 +347,15 @@ class HiFTCallback(Callback):
             f"{type(bare).__name__} is stepped but was not returned by configure_optimizers, so HiFT does not know"
             " which of its parameters may train. Return it there."
         )
+
+    def _observe(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Show the loss to policies that learn: to those of optimizers that train at the moment."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))
+        for engine in self._engines:
+            if any(p.requires_grad for p in engine.active_parameters):
+                engine.observe(loss)
 
     def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
         # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.

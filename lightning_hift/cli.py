@@ -7,10 +7,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -132,7 +133,7 @@ class HiFTCLI(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         if config["plain"]:
             _make_plain(parser, self.config.get("subcommand"), config)
-        _try(parser, "hift", HiFTCallback, config["hift"])
+        _try(parser, "hift", _make_callback, vars(config["hift"]))
         if config["train_only"] is not None:
             _try(parser, "train_only", TrainOnly, {"patterns": config["train_only"]})
         strategy = config["trainer"]["strategy"]
@@ -209,6 +210,17 @@ def _make_plain(parser: LightningArgumentParser, subcommand: str | None, config:
         parser.error("Got the strategy HiFTStrategy beside plain=true, which trains without HiFT. Drop one.")
     if strategy == HiFTStrategy.strategy_name:  # the default
         config["trainer"]["strategy"] = "auto"
+
+
+def _make_callback(policy: Any, **arguments: Any) -> HiFTCallback:
+    """The callback, with a policy that is described in plain values; others are left to jsonargparse."""
+    if not isinstance(policy, Namespace):
+        return HiFTCallback(policy=policy, **arguments)
+    values = vars(policy.init_args) if "init_args" in policy else {}
+    if any(isinstance(value, Namespace) for value in values.values()):
+        return HiFTCallback(**arguments)
+    module, _, name = policy["class_path"].rpartition(".")
+    return HiFTCallback(policy=getattr(import_module(module), name)(**values), **arguments)
 
 
 def _keep_hashes(load_yaml: Callable[[str], Any], text: str) -> Any:

@@ -2,8 +2,9 @@
 
 The optimizer stays the user's own, of its own class. Three facts of ``torch.optim`` carry the whole method: a parameter
 without gradient is skipped by ``step``; state is looked up per parameter; and hooks run around ``step``, ``state_dict``
-and ``load_state_dict``. So the engine freezes all groups but one, lends the optimizer that group's state for the length
-of the step, and keeps all other state out of ``optimizer.state``, where no foreign code can move or cast it.
+and ``load_state_dict``. So the engine freezes all groups but those that its policy selects, lends the optimizer the
+state of one group at a time for the length of its step, and keeps all other state out of ``optimizer.state``, where no
+foreign code can move or cast it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hift.fingerprint import check_fingerprint, make_fingerprint
@@ -23,11 +25,11 @@ from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.lending import Lender
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
-from lightning_hift.optimizer_checks import check_counts, check_optimizer, counts_of
+from lightning_hift.optimizer_checks import check_counts, check_optimizer, check_resettable, counts_of
 from lightning_hift.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.proof import FirstSweepProof, SweepReport
 from lightning_hift.row_slices import Piece, cut_into_turns, steps_element_wise
-from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
@@ -45,7 +47,7 @@ class StepWatcher(Protocol):
 
 
 class HiFTEngine:
-    """Trains the parameters of one optimizer one layer group at a time (HiFT, arXiv 2401.15207).
+    """Trains the parameters of one optimizer one layer group at a time (HiFT, arXiv 2401.15207), or by another policy.
 
     In a plain training loop nothing else changes::
 
@@ -57,7 +59,7 @@ class HiFTEngine:
     Args:
         optimizer: Any optimizer of ``torch.optim``'s kind that steps parameter by parameter.
         groups: Layer groups over the trainable parameters of ``optimizer``.
-        schedule: Which group trains at which step.
+        policy: Which groups train at which step; bound to ``groups``.
         always_active: Units that train at every step, in no group.
         offloader: Keeps the state; default: in host memory, for the device of the parameters.
         advance_on_step: Start with the first group now, and hand over to the next one after each ``optimizer.step``.
@@ -73,7 +75,7 @@ class HiFTEngine:
     Raises:
         ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
             that have none, or slices for an optimizer that does not work element by element.
-        TypeError: The optimizer cannot step one group at a time.
+        TypeError: The optimizer cannot step one group at a time, or its state cannot be reset as the policy asks.
         RuntimeError: The optimizer is already under another engine.
     """
 
@@ -81,7 +83,7 @@ class HiFTEngine:
         self,
         optimizer: Optimizer,
         groups: Sequence[LayerGroup],
-        schedule: SweepSchedule,
+        policy: SelectionPolicy,
         always_active: Sequence[LayerUnit] = (),
         offloader: StateOffloader | None = None,
         advance_on_step: bool = True,
@@ -91,9 +93,11 @@ class HiFTEngine:
         max_group_numel: int | None = None,
     ) -> None:
         check_optimizer(optimizer)
+        if policy.state_handling == "reset":
+            check_resettable(optimizer)
         self.optimizer = optimizer
         self.groups = tuple(groups)
-        self.schedule = schedule
+        self.policy = policy
         self.always_active = tuple(always_active)
         self.parameters: dict[str, nn.Parameter] = {}
         for unit in (*(unit for group in self.groups for unit in group.units), *self.always_active):
@@ -119,21 +123,23 @@ class HiFTEngine:
         self._lender = Lender(optimizer, self.offloader, masters)
         by_group = [*([piece for turn in turns for piece in turn] for turns in self._turns), self._fixed]
         self._state = OptimizerState(optimizer, self._lender, self.offloader, by_group)
-        self._active_group = self.groups[schedule.group_at(0)]
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
-        self._proof = FirstSweepProof(self.parameters) if self._needs_gradient else None
+        self._proof = FirstSweepProof(self.parameters, len(self.groups)) if self._needs_gradient else None
         self.watchers: list[StepWatcher] = []
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
         self._counters_on_load: list[Any] = []
+        self._untrained = policy.state_dict()
+        self._trained: tuple[LayerGroup, ...] | None = None  # those that may have state, if it is reset; None: all
         self._num_owned = len(parameters_of(optimizer))
 
         other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
         inherited = {} if other is None else other._state.masters()
         self._take_over_from(other)
+        self._active_groups = self._select()
         self._state.adopt()
         for pieces in by_group:
             self._lender.make_masters(pieces, weights_dtype, inherited)
@@ -165,13 +171,18 @@ class HiFTEngine:
     # --- what is going on ---------------------------------------------------------------------------------------------
 
     @property
+    def active_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups that train now, from the input upwards; with HiFT it is one."""
+        return self._active_groups
+
+    @property
     def active_group(self) -> LayerGroup:
-        """The group that trains now."""
-        return self._active_group
+        """The group that trains now; of several, the one nearest to the input."""
+        return self._active_groups[0]
 
     @property
     def active_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train now: those of the active group and of the always-active units."""
+        """Parameters that train now: those of the active groups and of the always-active units."""
         return list(self._active)
 
     @property
@@ -182,16 +193,19 @@ class HiFTEngine:
     @property
     def sweep(self) -> int:
         """Number of finished sweeps."""
-        return self.schedule.sweep_at(self.step)
+        return self.policy.sweep_at(self.step)
 
     @property
     def at_sweep_start(self) -> bool:
         """Whether the next step is the first one of a sweep."""
-        return self.schedule.starts_sweep(self.step)
+        return self.policy.starts_sweep(self.step)
 
     def first_sweep_report(self) -> SweepReport | None:
-        """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run."""
-        if self._proof is None or self.step < self.schedule.steps_per_sweep:
+        """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run.
+
+        With a policy whose sweeps leave groups out, at the end of the sweep with which every group has had a turn.
+        """
+        if self._proof is None or not self._proof.is_complete:
             return None
         report, self._proof = self._proof.report(), None
         return report
@@ -199,14 +213,15 @@ class HiFTEngine:
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def activate(self) -> None:
-        """Make the current step's group trainable and freeze all others. Repeating it changes nothing.
+        """Make the current step's groups trainable and freeze all others. Repeating it changes nothing.
 
         Raises:
             RuntimeError: After the engine was attached, parameters were added to the optimizer, frozen, or moved.
         """
         self._check_unchanged()
-        self._active_group = self.groups[self.schedule.group_at(self.step)]
-        self._active = self._parameters_at(self.step)
+        self._active_groups = self._select()
+        units = (*(unit for group in self._active_groups for unit in group.units), *self.always_active)
+        self._active = [p for unit in units for p in unit.parameters.values()]
         active = set(self._active)
         for p in self.parameters.values():
             if p not in active:
@@ -216,7 +231,38 @@ class HiFTEngine:
                 p.requires_grad_(True)
         self._step_counted = False
         self._lender.cancel()
-        self._hold(self._turns_at(self.step)[0])
+        self._reset_inactive()
+        self._hold_first(self._active_groups)
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Let a policy that learns see the loss, shape (), of the step under way. Call it before ``optimizer.step``.
+
+        The ``HiFTCallback`` does so, and what a closure returns is seen anyway. The value is not waited for.
+        """
+        self.policy.observe(self.step - self._step_counted, torch.as_tensor(loss).detach())
+
+    def _select(self) -> tuple[LayerGroup, ...]:
+        """The groups of the current step, by the policy."""
+        chosen = self.policy.groups_at(self.step)
+        if not chosen or not set(chosen) <= set(range(len(self.groups))):
+            raise ValueError(
+                f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}; it must name one or several"
+                f" of the groups 0 to {len(self.groups) - 1}."
+            )
+        if self.policy.most_groups is not None and len(set(chosen)) > self.policy.most_groups:
+            raise ValueError(
+                f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}, more than its most_groups,"
+                f" {self.policy.most_groups}. Let most_groups be as many, or None if it depends."
+            )
+        return tuple(self.groups[index] for index in sorted(set(chosen)))
+
+    def _reset_inactive(self) -> None:
+        """Drop the state of groups that do not train any more, if the policy says so."""
+        if self.policy.state_handling == "reset":
+            for group in self.groups if self._trained is None else self._trained:
+                if group not in self._active_groups:
+                    self._state.reset(group.index)
+            self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
         if len(parameters_of(self.optimizer)) != self._num_owned:
@@ -249,9 +295,11 @@ class HiFTEngine:
         if not self._step_counted:
             self.step += 1
             self._step_counted = True
+            if self._proof is not None:
+                self._proof.count_step([group.index for group in self._active_groups], self.at_sweep_start)
 
     def check_gradients(self) -> None:
-        """Refuse to step a group that the backward pass did not reach.
+        """Refuse to step groups that the backward pass did not reach.
 
         Raises:
             RuntimeError: No active parameter has a gradient.
@@ -260,10 +308,14 @@ class HiFTEngine:
             raise RuntimeError(self.explain_missing_gradient())
 
     def explain_missing_gradient(self) -> str:
-        """Why the active group may have received no gradient, and what to do about it."""
+        """Why the active groups may have received no gradient, and what to do about it."""
+        names = [f"{group.index} ({group.name})" for group in self._active_groups]
+        if len(names) == 1:
+            what = f"Layer group {names[0]} is the only one that trains at this step, but the loss gave it"
+        else:
+            what = f"Only the layer groups {', '.join(names)} train at this step, but the loss gave them"
         return (
-            f"Layer group {self._active_group.index} ({self._active_group.name}) is the only one that trains at this"
-            " step, but the loss gave it no gradient. Either the forward pass does not use it: name it in frozen=[...]."
+            f"{what} no gradient. Either the forward pass does not use it: name it in frozen=[...]."
             " Or activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
             " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
         )
@@ -275,7 +327,8 @@ class HiFTEngine:
         masters it does nothing.
 
         Args:
-            slices: Also raise the gradients of what is stepped in slices, as a whole, which takes 4 bytes an element.
+            slices: Also raise the gradients of what is stepped in turns (slices, or one of several active groups), as a
+                whole, which takes 4 bytes an element.
         """
         if self._closed or self.master_weights == "none":
             return
@@ -284,9 +337,9 @@ class HiFTEngine:
             self._lender.raise_gradients(p for p in self._active if p.grad is not None)
 
     def _prepare_whole(self) -> None:
-        """Raise the precision of what is not stepped in slices."""
-        turns = self._turns_at(self.step - self._step_counted)
-        self._lender.prepare([*(turns[0] if len(turns) == 1 else ()), *self._fixed])
+        """Raise the precision of what is not stepped in turns."""
+        turns = self._turns_of(self._active_groups)
+        self._lender.prepare([*(turns[0][1] if len(turns) == 1 else ()), *self._fixed])
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
@@ -327,6 +380,8 @@ class HiFTEngine:
 
         def closure_then_state() -> Any:
             result = closure()
+            if self._advance_on_step and isinstance(result, (Tensor, float)):
+                self.observe(result)
             self._lend_all()
             return result
 
@@ -348,24 +403,22 @@ class HiFTEngine:
             )
         self._prepare_whole()
         # All but the last are stepped here; the step that is under way then does the last one.
-        rounds: list[tuple[int | str, list[Piece]]] = [(_ALWAYS, self._fixed)] if self._fixed else []
-        turns = self._turns_at(self.step - 1)
-        rounds += [(self._active_group.index, turn) for turn in turns]
+        rounds = [*([(_ALWAYS, self._fixed)] if self._fixed else []), *self._turns_of(self._active_groups)]
         if not self._needs_gradient:  # one closure, so one step for all
             rounds = [(rounds[-1][0], [piece for _, turn in rounds for piece in turn])]
-        for owner, turn in rounds[:-1]:
+        for (owner, turn), (next_owner, next_turn) in pairwise(rounds):
             self._lend(owner, turn)
             _bare_step(self.optimizer)
-            self._take_back(keep_options=turn is self._fixed)
-            if turn is not self._fixed:
-                self._hold(turns[turns.index(turn) + 1])
+            self._take_back(keep_options=owner != next_owner)
+            if owner != _ALWAYS:
+                self._hold(next_turn)
         self._lend(*rounds[-1])
         self._counts = counts_of(self.optimizer)
 
     def _lend(self, owner: int | str, pieces: list[Piece]) -> None:
         now = {piece.parameter for piece in pieces}
         self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now])
-        if self._proof is not None and self.step <= self.schedule.steps_per_sweep:
+        if self._proof is not None:
             self._proof.before_step(pieces)
         for watcher in self.watchers:
             watcher.before_step(pieces)
@@ -390,8 +443,13 @@ class HiFTEngine:
                 p.grad = None
         if self._advance_on_step:
             self.activate()
-        else:
-            self._hold(self._turns_at(self.step)[0])
+            return
+        following = self._select()
+        if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
+            self._hold_first(following)
+
+    def _hold_first(self, groups: Sequence[LayerGroup]) -> None:
+        self._hold(self._turns_of(groups)[0][1])
 
     def _hold(self, turn: list[Piece]) -> None:
         self.offloader.hold([piece.handle for piece in turn], always=[piece.handle for piece in self._fixed])
@@ -411,6 +469,7 @@ class HiFTEngine:
             "masters": collected.masters,
             "counters": self._lender.options.state_dict(),
             "held": [s.held_state() for s in self.held_schedulers],
+            **({"learned": learned} if (learned := self.policy.state_dict()) else {}),
             **self._fingerprint(),
         }
 
@@ -423,7 +482,8 @@ class HiFTEngine:
             check_fingerprint(position, self._fingerprint())
         rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
         self.step = position.get("step", 0)
-        self._active_group = self.groups[self.schedule.group_at(self.step)]
+        self.policy.load_state_dict(position.get("learned", self._untrained))
+        self._active_groups, self._trained = self._select(), None
         self._held_on_load = (self.step, position["held"]) if position else None
         self._counters_on_load = position.get("counters", [])
         self._proof = None
@@ -445,20 +505,20 @@ class HiFTEngine:
 
     def _switch(self, name: str) -> None:
         """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
-        rounds: list[tuple[int | str, list[Piece]]] = [
-            (group.index, turn) for group, turns in zip(self.groups, self._turns, strict=True) for turn in turns
-        ]
-        for owner, turn in [*rounds, (_ALWAYS, self._fixed)]:
+        for owner, turn in [*self._turns_of(self.groups), (_ALWAYS, self._fixed)]:
             if turn:
                 self._lender.lend(turn, owner, to_step=False)
                 getattr(type(self.optimizer), name)(self.optimizer)
                 self._lender.take_back(keep_options=turn is self._fixed or turn is self._turns[int(owner)][-1])
                 self._hold([])
         if not self._closed:
-            self._hold(self._turns_at(self.step)[0])
+            self._hold_first(self._select())
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._lender.options.load_state_dict(self._counters_on_load)
+        self._trained = None
+        if self._active and not self._closed:
+            self._reset_inactive()
         for scheduler in self.held_schedulers:
             self.restore_held(scheduler)
 
@@ -472,12 +532,9 @@ class HiFTEngine:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _turns_at(self, step: int) -> list[list[Piece]]:
-        return self._turns[self.schedule.group_at(step)]
-
-    def _parameters_at(self, step: int) -> list[nn.Parameter]:
-        units = (*self.groups[self.schedule.group_at(step)].units, *self.always_active)
-        return [p for unit in units for p in unit.parameters.values()]
+    def _turns_of(self, groups: Sequence[LayerGroup]) -> list[tuple[int | str, list[Piece]]]:
+        """What is stepped together, turn by turn, with the group that it belongs to."""
+        return [(group.index, turn) for group in groups for turn in self._turns[group.index]]
 
     def _check_ownership(self) -> None:
         grouped = {id(p): name for name, p in self.parameters.items()}
@@ -503,6 +560,7 @@ class HiFTEngine:
             )
         if other._fingerprint() == self._fingerprint():
             self.step, self._proof = other.step, None
+            self.policy.load_state_dict(other.policy.state_dict())
         other._hand_back(to_device=False)
 
     def _check_slicing(self, max_group_numel: int | None) -> None:
@@ -518,7 +576,7 @@ class HiFTEngine:
             )
 
     def _fingerprint(self) -> dict[str, Any]:
-        return make_fingerprint(self.schedule, self.groups, self.always_active)
+        return make_fingerprint(self.policy, self.groups, self.always_active)
 
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""

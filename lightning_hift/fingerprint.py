@@ -8,21 +8,18 @@ from typing import Any
 import torch
 
 from lightning_hift.grouping import LayerGroup, LayerUnit
-from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 _COMPILED = "_orig_mod."
 
 
 def make_fingerprint(
-    schedule: SweepSchedule, groups: Sequence[LayerGroup], always_active: Sequence[LayerUnit]
+    policy: SelectionPolicy, groups: Sequence[LayerGroup], always_active: Sequence[LayerUnit]
 ) -> dict[str, Any]:
     """Everything that gives a position in the sweep its meaning, in plain values."""
     return {
         "group_size": _size_of(groups),
-        "order": schedule.order,
-        "reshuffle": schedule.reshuffle,
-        "steps_per_group": schedule.steps_per_group,
-        "seed": schedule.seed if schedule.order == "random" else None,
+        **policy.fingerprint(),
         "units": _names_of(unit for group in groups for unit in group.units),
         "always_active": _names_of(always_active),
     }
@@ -35,13 +32,15 @@ def check_fingerprint(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None
         ValueError: They differ; the message says in what.
     """
     differences = [
-        f"{key}: {_first_difference(saved.get(key), value)}" for key, value in mine.items() if saved.get(key) != value
+        f"{key}: {_first_difference(saved.get(key), mine.get(key))}"
+        for key in dict.fromkeys(("policy", "state_handling", *mine))
+        if saved.get(key) != mine.get(key)
     ]
     if differences:
         raise ValueError(
-            "The checkpoint was written with another grouping, so its position in the sweep means something else here."
-            f" Checkpoint against this run: {'; '.join(differences)}. Use the checkpoint's settings to resume, or load"
-            " only the weights to start a new run."
+            "The checkpoint was written with another grouping or policy, so its position in the sweep means something"
+            f" else here. Checkpoint against this run: {'; '.join(differences)}. Use its settings to resume,"
+            " or load only the weights to start a new run."
         )
 
 

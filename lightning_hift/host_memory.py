@@ -72,7 +72,10 @@ class HostMemory:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         if self._folder is not None:
-            return torch.frombuffer(self._map_file(self._folder, nbytes), dtype=torch.uint8)
+            path, mapped = self._map_file(self._folder, nbytes)
+            memory = torch.frombuffer(mapped, dtype=torch.uint8)
+            weakref.finalize(memory.untyped_storage(), _remove_file, path, os.getpid()).atexit = False
+            return memory
         memory = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
         if self.pinned:
             try:
@@ -86,7 +89,7 @@ class HostMemory:
                 )
         return memory
 
-    def _map_file(self, folder: Path, nbytes: int) -> mmap.mmap:
+    def _map_file(self, folder: Path, nbytes: int) -> tuple[Path, mmap.mmap]:
         folder.mkdir(exist_ok=True)  # after remove_files
         path = folder / f"{self._files}.bin"
         self._files += 1
@@ -97,7 +100,7 @@ class HostMemory:
                     os.posix_fallocate(file.fileno(), 0, nbytes)
                 else:
                     file.truncate(nbytes)
-                return mmap.mmap(file.fileno(), nbytes)
+                return path, mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
             path.unlink(missing_ok=True)
             free = shutil.disk_usage(folder).free
@@ -153,6 +156,11 @@ def _make_folder(directory: Path) -> Path:
 def _remove_folder(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked worker that ends
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_file(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)
 
 
 def _remove_leftovers(directory: Path) -> None:

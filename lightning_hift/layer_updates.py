@@ -131,7 +131,7 @@ class LayerUpdates(Callback):
 
     def _watch_engine(self, engine: HiFTEngine) -> tuple[_Meter, list[LayerUnit]]:
         # The engine counts a step before it lends the weights.
-        meter = _Meter(self._add, lambda: (engine.step, engine.schedule.sweep_at(engine.step - 1)), self.every_n_sweeps)
+        meter = _Meter(self._add, lambda: (engine.step, engine.policy.sweep_at(engine.step - 1)), self.every_n_sweeps)
         engine.watchers.append(meter)
         self._detach += [meter.flush, lambda: engine.watchers.remove(meter)]
         return meter, [*(unit for group in engine.groups for unit in group.units), *engine.always_active]

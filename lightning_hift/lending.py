@@ -233,6 +233,11 @@ class Lender:
         states = [self._offloader.state_of(piece.handle) for piece in pieces]
         return join_states([{k: v for k, v in state.items() if k not in _OURS} for state in states], pieces)
 
+    def forget(self, pieces: Iterable[Piece], owner: Hashable) -> None:
+        """Drop state and counters, as if there had been no step, but not the masters."""
+        self._offloader.drop([piece.handle for piece in pieces], keep=_OURS)
+        self.options.forget(owner)
+
     def restored_master(self, piece: Piece, saved: Tensor | None) -> State:
         """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
 

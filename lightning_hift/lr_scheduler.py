@@ -57,7 +57,7 @@ class SweepLR:
         self._unfinished: dict[str, Any] | None = None
         engine.held_schedulers.append(self)
         if hold_lr != "off" and engine.step == 0 and _steps_without_arguments(scheduler):
-            self._avoid_waste(1 if hold_lr == "once" else steps_ahead or engine.schedule.steps_per_sweep)
+            self._avoid_waste(1 if hold_lr == "once" else steps_ahead or engine.policy.steps_per_sweep)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Take note of a step of the schedule, and make up for all of them if the sweep is over."""

@@ -112,6 +112,7 @@ def check_memory(
     host_memory: int | None = None,
     offload: str = "host",
     overhead: int = CONTEXT_BYTES,
+    resets: bool = False,
 ) -> None:
     """Refuse a run that cannot fit, whatever the batch: activations are not counted. Arithmetic only.
 
@@ -123,6 +124,7 @@ def check_memory(
         host_memory: Bytes that are free on the host; ``None``: unknown, not checked. See ``available_host_memory``.
         offload: ``"host"``, ``"disk"`` or ``"none"``.
         overhead: Bytes on the device that are no tensors.
+        resets: Whether the state of a group is dropped when it stops training.
 
     Raises:
         RuntimeError: It does not fit; with the sum, line by line, and what would help.
@@ -144,7 +146,9 @@ def check_memory(
         remedy = "Use a smaller group_size, max_group_numel, precision='bf16-true', offload='host', or a larger device."
         raise RuntimeError(_does_not_fit("the device", lines, device_memory, remedy))
     lines = {
-        "optimizer state of all groups": sum(g.state for g in groups),
+        "optimizer state of one group" if resets else "optimizer state of all groups": (
+            max(g.state for g in groups) if resets else sum(g.state for g in groups)
+        ),
         "masters of all groups": sum(g.masters for g in groups),
     }
     if offload == "host" and host_memory is not None and sum(lines.values()) > host_memory:

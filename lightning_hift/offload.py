@@ -94,6 +94,7 @@ class StateOffloader:
         self._outgoing = _InFlight({}, None)
         self._always: frozenset[Owner] = frozenset()
         self._in_slot: set[Owner] = set()
+        self._last_copies: dict[str, Any] = {}  # the event that ends the last one of each direction
         self._largest_turn = 0  # bytes of the largest set of owners that has come and gone
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ class StateOffloader:
                     place.host.copy_(tensor)
                     place.moves = label[0] not in stays_on_host
             self._resident.pop(owner, None)
+            self._in_slot.discard(owner)
         self._store |= kept
 
     def forget(self, keep: Collection[Owner]) -> None:
@@ -173,6 +175,25 @@ class StateOffloader:
         self._resident.clear()
         self._in_slot.clear()
         self._store = {owner: kept for owner, kept in self._store.items() if owner in keep}
+
+    def drop(self, owners: Collection[Owner], keep: Collection[Any] = ()) -> None:
+        """Forget the state of ``owners``, on the host and on the device, but for what is under the keys ``keep``."""
+        if not self._incoming.states.keys().isdisjoint(owners):
+            self._drop_incoming()
+        if self._transfers is not None and not self._store.keys().isdisjoint(owners):
+            for event in self._last_copies.values():  # which may still be to or from the host memory that goes here
+                self._transfers.block(event)
+        for owner in owners:
+            if owner in self._store:
+                kept = _without(self._store[owner], keep)
+                self._store |= {owner: kept} if kept.places else {}
+                if not kept.places:
+                    del self._store[owner]
+            if owner in self._resident:
+                self._resident[owner] = {key: v for key, v in self._resident[owner].items() if key in keep}
+                if not self._resident[owner]:
+                    del self._resident[owner]
+                    self._in_slot.discard(owner)
 
     def clear(self) -> None:
         """Forget all state."""
@@ -268,7 +289,8 @@ class StateOffloader:
                 states[owner] = each.rebuild([next(arriving) if p.moves else p.host for p in each.places.values()])
             pairs = [pair for o, each in kept.items() for pair in zip(each.moving(), device[o], strict=True)]
             written = self._outgoing.event if not self._outgoing.states.keys().isdisjoint(owners) else None
-            self._incoming = _InFlight(states, self._transfers.load(pairs, after=written))
+            self._last_copies["load"] = self._transfers.load(pairs, after=written)
+            self._incoming = _InFlight(states, self._last_copies["load"])
 
     def _device_memory(self, kept: Mapping[Owner, _Kept], transfers: Transfers) -> dict[Owner, list[Tensor]]:
         """Device memory for what moves: in the slot for what comes and goes, outside it for what stays."""
@@ -329,7 +351,8 @@ class StateOffloader:
         if self._transfers is None:
             return None
         both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
-        return self._transfers.save([(tensor, place.host) for tensor, place in both if place.moves])
+        self._last_copies["save"] = self._transfers.save([(t, place.host) for t, place in both if place.moves])
+        return self._last_copies["save"]
 
     def _settle(self) -> None:
         """Let go of the device tensors of the last release."""
@@ -393,6 +416,13 @@ class StateOffloader:
         flats = self._memory.allocate(tensors)
         strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]
         return [f.as_strided(t.shape, stride) for f, t, stride in zip(flats, tensors, strides, strict=True)]
+
+
+def _without(kept: _Kept, keep: Collection[Any]) -> _Kept:
+    """What is under the keys ``keep``."""
+    state = kept.rebuild([place.host for place in kept.places.values()])
+    places = {label: place for label, place in kept.places.items() if label[0] in keep}
+    return _Kept(places, flatten_state({key: value for key, value in state.items() if key in keep}).rebuild)
 
 
 def check_offload(offload: str, directory: str | os.PathLike[str] | None = None) -> None:

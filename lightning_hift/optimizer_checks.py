@@ -36,6 +36,19 @@ def check_optimizer(optimizer: Optimizer) -> None:
         _refuse(type(optimizer), "with gradient_release it steps during the backward pass")
 
 
+def check_resettable(optimizer: Optimizer) -> None:
+    """Refuse to drop state without which the weights mean something else.
+
+    Raises:
+        TypeError: As said.
+    """
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise TypeError(
+            f"{type(optimizer).__name__} keeps an average of the weights over the whole run in its state, which"
+            " state_handling='reset' would drop. Use state_handling='keep', or an optimizer without train() and eval()."
+        )
+
+
 def counts_of(optimizer: Optimizer) -> dict[str, Any]:
     """Numbers that the optimizer keeps as attributes of its own, by name."""
     return {key: value for key, value in vars(optimizer).items() if type(value) in (int, float)}

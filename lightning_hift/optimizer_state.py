@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_hift.fingerprint import cast_state
 from lightning_hift.lending import Lender
 from lightning_hift.offload import StateOffloader
-from lightning_hift.optimizer_twin import bare_twin
+from lightning_hift.optimizer_twin import bare_twin, twin_of
 from lightning_hift.row_slices import Piece, split_state
 from lightning_hift.state_tree import State
 
@@ -50,7 +50,9 @@ class OptimizerState:
         self._offloader = offloader
         self._pieces: dict[nn.Parameter, list[Piece]] = {}
         self._group_of: dict[nn.Parameter, int] = {}
-        for index, pieces in enumerate(groups):
+        self._groups = [list(pieces) for pieces in groups]
+        self._starts_empty: bool | None = None
+        for index, pieces in enumerate(self._groups):
             for piece in pieces:
                 self._pieces.setdefault(piece.parameter, []).append(piece)
                 self._group_of[piece.parameter] = index
@@ -116,6 +118,28 @@ class OptimizerState:
         self._offloader.forget(keep=kept.keys())
         self._put(kept, saved["param_groups"])
         return rest
+
+    def reset(self, index: int) -> None:
+        """Give the layer group ``index`` the state that a new optimizer would have. Masters stay."""
+        pieces = self._groups[index]
+        self._lender.forget(pieces, index)
+        if self._starts_empty is None:
+            self._starts_empty = not any(
+                twin_of(self._optimizer, options, [nn.Parameter(torch.zeros(1))]).state
+                for options in self._optimizer.param_groups
+            )
+        if self._starts_empty:
+            return
+        self._offloader.drain()
+        new: dict[nn.Parameter, State] = {}
+        for options in self._optimizer.param_groups:
+            owned = set(options["params"])
+            for piece in [piece for piece in pieces if piece.parameter in owned]:
+                stepped = piece.rows_of(piece.parameter.detach()).to(self._lender.dtype_of(piece.parameter))
+                alone = nn.Parameter(stepped)
+                state = twin_of(self._optimizer, options, [alone]).state.get(alone, {})
+                new[piece.handle] = {**self._offloader.state_of(piece.handle), **state}
+        self._put(new, self._optimizer.param_groups)
 
     def read_own_format(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` in torch's format, for a class that saves and loads in its own way.

@@ -29,7 +29,7 @@ def bare_twin(optimizer: Optimizer) -> Optimizer:
 
 
 def twin_of(optimizer: Optimizer, options: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """A twin on the CPU, with the ``options`` of one of the ``param_groups``, over other parameters."""
+    """A twin with the ``options``, on the CPU, of one of the ``param_groups``, over other parameters."""
     kind = type(optimizer)
     known: dict[str, Any] = {key: False if key == "capturable" else value for key, value in _copied(options).items()}
     accepted = inspect.signature(kind.__init__).parameters

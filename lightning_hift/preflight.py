@@ -21,6 +21,8 @@ from lightning_hift.master_weights import HALF_DTYPES, MasterWeights, resolve_ma
 from lightning_hift.memory import GroupBytes, StateBytes, available_host_memory, check_memory, group_bytes
 from lightning_hift.offload import Offload
 from lightning_hift.probe import live_state_bytes
+from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 from lightning_hift.table import format_bytes
 
 
@@ -35,7 +37,7 @@ def check_before_run(
     master_weights: MasterWeights = "auto",
     weights_dtype: torch.dtype | None = None,
     max_group_numel: int | None = None,
-    steps_per_group: int = 1,
+    policy: SelectionPolicy | None = None,
 ) -> str | None:
     """Refuse a run that cannot fit on its device, host or disk.
 
@@ -49,7 +51,7 @@ def check_before_run(
         master_weights: See ``HiFTEngine``.
         weights_dtype: See ``HiFTEngine``.
         max_group_numel: See ``HiFTEngine``.
-        steps_per_group: Optimizer steps between two moves of state.
+        policy: Which groups train when; default: HiFT's.
 
     Returns:
         For ``"disk"``, what the run will do to it. ``None`` otherwise, or where the state cannot be foretold.
@@ -74,8 +76,20 @@ def check_before_run(
         host_memory=None if free is None else free + leaving,
         offload=offload,
         overhead=0,
+        resets=policy is not None and policy.state_handling == "reset",
     )
-    return None if directory is None else _check_disk(directory, [*rotating, *fixed], len(rotating) * steps_per_group)
+    if directory is None:
+        return None
+    moves = [_moved_per_step(policy or SweepSchedule(), groups) for groups, _ in found]
+    return _check_disk(directory, [*rotating, *fixed], sum(moves) / len(moves))
+
+
+def _moved_per_step(policy: SelectionPolicy, groups: Sequence[LayerGroup]) -> float:
+    """The share of all state that leaves the device in a step, on average."""
+    if policy.most_groups is None:
+        return 0.5
+    bound = policy.bound_to(groups)
+    return policy.most_groups / len(groups) if policy.most_groups > 1 else 1 / bound.steps_per_sweep
 
 
 def _bytes_of(
@@ -101,7 +115,7 @@ def _bytes_of(
     return rotating, fixed
 
 
-def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], steps_per_sweep: int) -> str:
+def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], moved_per_step: float) -> str:
     check_directory(directory)
     total, free = sum(g.state + g.masters for g in groups), shutil.disk_usage(directory).free
     if total > free:
@@ -111,7 +125,7 @@ def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes],
         )
     return (
         f"HiFT: optimizer state takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free); 1,000 steps"
-        f" write about {format_bytes(1000 * total / steps_per_sweep)} to it."
+        f" write about {format_bytes(1000 * total * moved_per_step)} to it."
     )
 
 

@@ -1,4 +1,4 @@
-"""Evidence, gathered during the first sweep, that every trainable parameter was really updated."""
+"""Evidence, gathered until every group has trained, that every trainable parameter was really updated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PART = 2**22  # elements
 
 
 class SweepReport(NamedTuple):
-    """What the first sweep did.
+    """What the first sweep did, or all sweeps until every group had a turn.
 
     Args:
         num_parameters: How many parameters were watched.
@@ -37,18 +37,36 @@ class SweepReport(NamedTuple):
 class FirstSweepProof:
     """Compares a checksum of each parameter before and after its steps, on the device and without waiting for it."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], num_groups: int) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.numel() > 0}
         self._stepped: set[nn.Parameter] = set()
         self._with_gradient: set[nn.Parameter] = set()
         self._before: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         self._moved: dict[nn.Parameter, Tensor] = {}
+        self._unvisited = set(range(num_groups))
+        self._proven: set[nn.Parameter] = set()  # known to have moved
+        self._sweep_ended = False
+        self._over = False
+        self.is_complete = False
+        """Whether all groups have had a turn, and the sweep of the last one is over."""
+
+    def count_step(self, groups: Iterable[int], ends_sweep: bool) -> None:
+        """A step of these groups begins; the first one after the proof is complete ends it.
+
+        Where it takes several sweeps, waits for the device once after each, to leave alone what is known to have moved.
+        """
+        self._over = self.is_complete
+        if self._sweep_ended and not self._over:
+            self._proven.update(p for p, moved in self._moved.items() if moved.item())
+        self._sweep_ended = ends_sweep
+        self._unvisited.difference_update(groups)
+        self.is_complete |= ends_sweep and not self._unvisited
 
     def before_step(self, pieces: Iterable[Piece]) -> None:
         """Note which of the pieces have a gradient, and their checksums."""
-        for piece in pieces:
+        for piece in () if self._over else pieces:
             self._stepped.add(piece.parameter)
-            if piece.handle.grad is not None and piece.handle.numel() > 0:
+            if piece.handle.grad is not None and piece.handle.numel() > 0 and piece.parameter not in self._proven:
                 self._with_gradient.add(piece.parameter)
                 self._before.append((piece.parameter, piece.handle, _checksum(piece.handle)))
 

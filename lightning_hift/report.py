@@ -10,27 +10,42 @@ from lightning_hift.proof import SweepReport
 from lightning_hift.table import format_bytes, format_table
 
 
-def describe_groups(groups: Sequence[LayerGroup], always_active: Sequence[Any] = ()) -> str:
-    """A table of layer groups: index, units, parameters, bytes and share of the whole."""
+def describe_groups(
+    groups: Sequence[LayerGroup], always_active: Sequence[Any] = (), most_groups: int | None = 1
+) -> str:
+    """A table of layer groups: index, units, parameters, bytes and share of the whole.
+
+    Args:
+        groups: They take turns.
+        always_active: Units that train at every step.
+        most_groups: How many groups train at once, at most; ``None``: it depends.
+    """
     total = sum(part.numel for part in (*groups, *always_active)) or 1
 
     def row(label: object, part: Any) -> list[object]:
         return [label, part.name, f"{part.numel:,}", format_bytes(part.nbytes), f"{100 * part.numel / total:.2f} %"]
 
     rows = [row(group.index, group) for group in groups] + [row("all", unit) for unit in always_active]
-    largest = max(groups, key=lambda group: group.numel)
-    trained = largest.numel + sum(unit.numel for unit in always_active)
+    table = format_table(["group", "units", "parameters", "bytes", "share"], rows)
+    if most_groups is None:
+        return table
+    largest = sorted((group.numel for group in groups), reverse=True)[:most_groups]
+    trained = sum(largest) + sum(unit.numel for unit in always_active)
     return (
-        format_table(["group", "units", "parameters", "bytes", "share"], rows)
-        + f"\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less than"
-        " in full fine-tuning."
+        f"{table}\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less"
+        " than in full fine-tuning."
     )
 
 
-def describe_sweep(report: SweepReport) -> str:
-    """One line that says that all parameters were updated, or which were not, and why."""
+def describe_sweep(report: SweepReport, first: str = "first sweep") -> str:
+    """One line that says that all parameters were updated, or which were not, and why.
+
+    Args:
+        report: What was found.
+        first: Until when.
+    """
     if report.complete:
-        return f"HiFT: first sweep done, all {report.num_parameters} trainable parameters were updated."
+        return f"HiFT: {first} done, all {report.num_parameters} trainable parameters were updated."
     reasons = {
         "received no gradient (unused in the forward pass?)": report.without_gradient,
         "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
@@ -42,6 +57,6 @@ def describe_sweep(report: SweepReport) -> str:
         if names
     ]
     return (
-        f"HiFT: after the first sweep, some of the {report.num_parameters} trainable parameters were not updated. "
+        f"HiFT: after the {first}, some of the {report.num_parameters} trainable parameters were not updated. "
         + "; ".join(lines)
     )

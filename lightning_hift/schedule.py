@@ -1,11 +1,15 @@
-"""Which layer group trains at which optimizer step. Integers only."""
+"""HiFT's own policy: one layer group at a time, in sweeps over all of them. Integers only."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from lightning_hift.grouping import LayerGroup
+from lightning_hift.selection import SelectionPolicy, StateHandling, check_state_handling
 
 Order = Literal["bottom2up", "top2down", "random"]
 
@@ -14,29 +18,32 @@ _AUTHORS_NAMES = {"down2up": "bottom2up", "up2down": "top2down"}
 
 
 @dataclass(frozen=True)
-class SweepSchedule:
+class SweepSchedule(SelectionPolicy):
     """A pure function from the optimizer step to the active layer group (HiFT, arXiv 2401.15207, algorithm 1).
 
     One sweep visits every group once. Nothing is stored between steps, so a resumed run needs only its step number.
 
     Args:
-        num_groups: Number of layer groups, k in the paper. Group 0 is the one nearest the input.
+        num_groups: Number of layer groups, k in the paper; ``bound_to`` sets it. Group 0 is the one nearest the input.
         order: ``"bottom2up"`` trains group 0 first, ``"top2down"`` group k-1 first, ``"random"`` a seeded shuffle.
         reshuffle: With ``order="random"``, draw a new shuffle for each sweep. The paper draws one and repeats it.
         steps_per_group: Optimizer steps that a group stays active before the next one takes over.
-        seed: Seed of the shuffle. Ignored by the other orders.
+        seed: Seed of the shuffle; ``bound_to`` sets it. Ignored by the other orders.
+        state_handling: ``"keep"`` the optimizer state of a group for its next turn, or ``"reset"`` it after each turn.
 
     Raises:
         ValueError: An argument is out of range, or ``reshuffle`` is asked for without ``order="random"``.
     """
 
-    num_groups: int
+    num_groups: int = 1
     order: Order = "bottom2up"
     reshuffle: bool = False
     steps_per_group: int = 1
     seed: int = 0
+    state_handling: StateHandling = "keep"
 
     def __post_init__(self) -> None:
+        check_state_handling(self.state_handling)
         check_order(self.order, self.reshuffle)
         if self.num_groups < 1:
             raise ValueError(f"Got num_groups={self.num_groups}; a schedule needs at least 1 group.")
@@ -46,13 +53,14 @@ class SweepSchedule:
             )
 
     @property
+    def name(self) -> str:
+        """The method's."""
+        return "HiFT"
+
+    @property
     def steps_per_sweep(self) -> int:
         """Optimizer steps in one sweep."""
         return self.num_groups * self.steps_per_group
-
-    def sweep_at(self, step: int) -> int:
-        """Number of whole sweeps that were finished before ``step``."""
-        return step // self.steps_per_sweep
 
     def group_at(self, step: int) -> int:
         """Index of the group that trains at optimizer step ``step``, counted from 0.
@@ -69,9 +77,28 @@ class SweepSchedule:
             return self.num_groups - 1 - place
         return _shuffled(self.num_groups, self.seed, self.sweep_at(step) if self.reshuffle else 0)[place]
 
-    def starts_sweep(self, step: int) -> bool:
-        """Whether ``step`` is the first one of a sweep."""
-        return step % self.steps_per_sweep == 0
+    def groups_at(self, step: int) -> tuple[int, ...]:
+        """``group_at``, as all policies have it."""
+        return (self.group_at(step),)
+
+    def bound_to(self, groups: Sequence[LayerGroup], seed: int = 0) -> SweepSchedule:
+        """The same schedule over ``groups``."""
+        return replace(self, num_groups=len(groups), seed=seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All arguments that matter."""
+        return {
+            "order": self.order,
+            "reshuffle": self.reshuffle,
+            "steps_per_group": self.steps_per_group,
+            "seed": self.seed if self.order == "random" else None,
+            **({} if self.state_handling == "keep" else {"state_handling": self.state_handling}),
+        }
+
+    def describe(self, num_groups: int) -> str:
+        """Order and steps."""
+        ends = "" if self.state_handling == "keep" else ", state reset after each turn"
+        return f"{self.name}: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) each{ends}"
 
 
 def check_order(order: str, reshuffle: bool = False) -> None:

@@ -60,6 +60,10 @@ class SteppedOptions:
             if keep:
                 self._own.setdefault(owner, {})[place] = self._left[place]
 
+    def forget(self, owner: Hashable) -> None:
+        """The next step of ``owner`` finds what the first step of any group has found."""
+        self._own.pop(owner, None)
+
     def state_dict(self) -> list[Any]:
         """Entries (index in ``param_groups``, key, [first value], {owner: [value]}); no value is an empty list."""
         return [

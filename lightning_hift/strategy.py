@@ -216,7 +216,7 @@ class HiFTStrategy(SingleDeviceStrategy):
             self.root_device,
             offload=self.offload,
             directory=self.offload_directory,
-            steps_per_group=callback.steps_per_group,
+            policy=callback.policy,
             **{key: value for key, value in self.engine_options.items() if key != "make_offloader"},
         )
         if told is not None:

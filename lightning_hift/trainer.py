@@ -35,8 +35,8 @@ class HiFTTrainer(pl.Trainer):
         All trainable parameters are taken to be in one optimizer.
 
         Args:
-            model: The module to look at; ``units``, ``frozen``, ``always_active`` and ``group_size`` are those of the
-                Trainer's ``HiFTCallback``.
+            model: The module to look at; ``policy``, ``units``, ``frozen``, ``always_active`` and ``group_size`` are
+                those of the Trainer's ``HiFTCallback``.
             datamodule: Not used.
 
         Raises:
@@ -46,7 +46,7 @@ class HiFTTrainer(pl.Trainer):
         self._build(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (found,) = find_groups(model, [optimizer], **callback.grouping)
-        print(describe_groups(found.groups, found.always_active))
+        print(describe_groups(found.groups, found.always_active, callback.policy.most_groups))
 
     def plan(
         self,
@@ -122,6 +122,7 @@ class HiFTTrainer(pl.Trainer):
         return make_plan(
             model,
             Setup(**{**own, **self._strategy_setup(), **(setup or {})}),
+            policy=callback.policy,
             units=callback.units,
             frozen=callback.frozen,
             always_active=callback.always_active,

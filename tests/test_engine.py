@@ -81,7 +81,7 @@ def test_orders_and_group_sizes(order, group_size, offloader):
     )
     assert [list(group.parameters) for group in engine.groups] == joined
     train(model, engine, batches)
-    train_round_robin(twin, joined, adamw, windows(batches), next_token_loss, order=engine.schedule.group_at)
+    train_round_robin(twin, joined, adamw, windows(batches), next_token_loss, order=engine.policy.group_at)
     assert_same_weights(model, twin)
 
 

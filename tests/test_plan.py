@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_hift import HiFTEngine, StateOffloader
+from lightning_hift import HFT, LISA, BAdam, HiFTEngine, SelectionPolicy, StateOffloader
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.cli import HiFTCLI
 from lightning_hift.memory import CONTEXT_BYTES
@@ -248,6 +248,40 @@ def test_prediction_against_real_training(run: dict[str, Any]) -> None:
             kept += [saved["hift"]["masters"][i] for i in indices if i in saved["hift"]["masters"]]
             assert sum(t.nbytes for t in kept) == group.traffic
     assert max(peaks.values()) == pytest.approx(predicted.peak - CONTEXT_BYTES, rel=0.05)
+
+
+@pytest.mark.parametrize("offload", ["host", "none"])
+@pytest.mark.parametrize("policy", [LISA(2, 1), LISA(1, 2, "reset"), BAdam(1)], ids=["lisa", "lisa_reset", "badam"])
+def test_prediction_of_a_policy_against_real_training(policy: SelectionPolicy, offload: Any) -> None:
+    network, batch = real_model("llama", LLAMA, torch.float32, False), (4, 64)
+    workload = Workload(network, lambda p: torch.optim.AdamW(p, lr=1e-3), policy=policy)
+    setup = Setup(batch_size=4, sequence_length=64, offload=offload)
+    predicted = forecast(workload, setup, every_group=True)
+    weights, peaks, on_host = predicted.groups[0].weights, [], []
+    with AllocationTracker() as tracker:
+        engine = HiFTEngine.attach(
+            network,
+            torch.optim.AdamW(network.parameters(), lr=1e-3),
+            policy=policy,
+            make_offloader=lambda: StateOffloader("cpu", offload, device_module=LaggingDevice(), always_copy=True),
+        )
+        for _ in range(40):
+            before = tracker.current
+            tracker.reset_peak()
+            loss_of(network, *batch, False).backward()
+            peaks.append(weights + engine.offloader.device_bytes + tracker.peak - before)
+            engine.optimizer.step()
+            on_host.append(engine.offloader.host_bytes)
+    assert max(peaks) == pytest.approx(predicted.peak - CONTEXT_BYTES, rel=0.05)
+    if offload == "host" and policy.state_handling == "keep":
+        assert max(on_host) == pytest.approx(predicted.host_bytes, rel=0.05)
+    elif offload == "host":
+        assert max(on_host) <= predicted.host_bytes  # it may be dropped before it ever leaves the device
+
+
+def test_a_policy_of_unknown_size_is_not_planned() -> None:
+    with pytest.raises(ValueError, match="does not know how many layer groups HFT trains at once"):
+        make_plan(real_model("llama", LLAMA, torch.float32, False), policy=HFT())
 
 
 # --- what is not a language model -------------------------------------------------------------------------------------

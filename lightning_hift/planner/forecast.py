@@ -83,9 +83,9 @@ class GroupPlan:
 
     Args:
         name: Of the group.
-        numel: Elements of its parameters.
+        numel: Elements of its parameters, and of those that train with it.
         weights: Of the whole model, buffers included.
-        gradients: Of the group and of what is always active.
+        gradients: Of all these and of what is always active.
         state: Optimizer state beside the activations.
         masters: Master weights or remainders beside the activations.
         activations: What forward and backward need on the peak beyond the gradients; ``None``: not known.
@@ -151,18 +151,33 @@ def forecast(workload: Workload, setup: Setup, name: str = "", every_group: bool
         ValueError: The activation budget is too small for this batch.
     """
     groups = workload.groups(setup.group_size)
+    joined = workload.trained_groups(setup.group_size)
     parts = [_bytes_of(workload, setup, group) for group in groups]
     fixed = [_bytes_of(workload, setup, unit) for unit in workload.always_active]
     needs = _needs_within_budget(workload, setup, every_group)
     chosen = range(len(groups)) if needs is None else needs
     planned = {
-        i: _group_plan(workload, setup, groups[i], i, parts, fixed, needs[i] if needs is not None else None)
+        i: _group_plan(
+            workload,
+            setup,
+            [groups[i] for i in workload.trained_with(groups, i)],
+            joined[i],
+            parts,
+            fixed,
+            needs[i] if needs is not None else None,
+        )
         for i in chosen
     }
-    offloaded = sum(part.state + part.masters for part in parts)
+    offloaded = _kept_state(workload, parts) + sum(part.masters for part in parts)
     counters = sum(state.host for state in workload.state(setup.stepped_dtype).values())
     host, disk = {"host": (offloaded, 0), "disk": (0, offloaded), "none": (0, 0)}[setup.offload]
     return Forecast(name, setup, planned, host + counters, disk)
+
+
+def _kept_state(workload: Workload, parts: Sequence[GroupBytes]) -> int:
+    """Optimizer state of all groups, or of those that train at once if that of the others is dropped."""
+    kept = sorted((part.state for part in parts), reverse=True)
+    return sum(kept[: workload.policy.most_groups] if workload.policy.state_handling == "reset" else kept)
 
 
 def _bytes_of(workload: Workload, setup: Setup, part: LayerGroup | LayerUnit) -> GroupBytes:
@@ -178,38 +193,44 @@ def _bytes_of(workload: Workload, setup: Setup, part: LayerGroup | LayerUnit) ->
 def _group_plan(
     workload: Workload,
     setup: Setup,
-    group: LayerGroup,
-    index: int,
+    trained: Sequence[LayerGroup],
+    joined: LayerGroup,
     parts: Sequence[GroupBytes],
     fixed: Sequence[GroupBytes],
     needs: Needs | None,
 ) -> GroupPlan:
-    own = parts[index]
+    """The plan for the first of the ``trained`` groups; ``joined`` holds all of them."""
+    own = [parts[group.index] for group in trained]
     weights = workload.tensor_bytes(setup.dtype)
-    gradients = own.gradients + sum(part.gradients for part in fixed)
+    gradients = sum(part.gradients for part in (*own, *fixed))
     state, masters = sum(part.state for part in fixed), sum(part.masters for part in fixed)
     if setup.offload == "none":
-        state += sum(part.state for part in parts)
+        state += _kept_state(workload, parts)
         masters += sum(part.masters for part in parts)
         at_step = 0
     else:
         slot = max(parts, key=lambda part: part.slot)
         slot_bytes = (round(slot.state * slot.sliced), round(slot.masters * slot.sliced))
-        at_step = 0 if setup.prefetch else own.slot
+        at_step = 0 if setup.prefetch else max(part.slot for part in own)
         if setup.prefetch:
             state, masters = state + slot_bytes[0], masters + slot_bytes[1]
     return GroupPlan(
-        own.name,
-        own.numel,
+        own[0].name,
+        sum(part.numel for part in own),
         weights,
         gradients,
         state,
         masters,
         None if needs is None else max(0, needs.peak - gradients),
-        weights + gradients + state + masters + at_step + _at_step(workload, setup, group, own, fixed),
+        weights
+        + gradients
+        + state
+        + masters
+        + at_step
+        + max(_at_step(workload, setup, group, parts[group.index], fixed) for group in trained),
         CONTEXT_BYTES,
-        0 if setup.offload == "none" else own.state + own.masters,
-        workload.flops_per_token(group, setup.activation_budget is not None),
+        0 if setup.offload == "none" else sum(part.state + part.masters for part in own),
+        workload.flops_per_token(joined, setup.activation_budget is not None),
     )
 
 

@@ -13,6 +13,7 @@ from lightning_hift.planner.forecast import Forecast, GroupPlan, Setup, forecast
 from lightning_hift.planner.made_up_batch import ComputeLoss
 from lightning_hift.planner.proposal import propose
 from lightning_hift.planner.workload import Workload
+from lightning_hift.selection import SelectionPolicy
 
 SUSTAINED_FLOPS = 125e12
 """Assumed: 40 % of the dense bf16 peak of an A100."""
@@ -87,6 +88,7 @@ def make_plan(
     *,
     optimizer: Callable[[Any], Optimizer] | None = None,
     compute_loss: ComputeLoss | None = None,
+    policy: SelectionPolicy | None = None,
     units: Sequence[str | Sequence[str]] | None = None,
     frozen: Sequence[str] | None = None,
     always_active: Sequence[str] | None = None,
@@ -105,6 +107,7 @@ def make_plan(
         compute_loss: Maps a copy of the model without memory, the batch size and the sequence length to a loss, on
             tensors on the device "cpu"; default: found for models that take ``input_ids``, or that have an
             ``example_input_array``.
+        policy: See ``attach_engines``. One that trains several groups at once is planned with the most demanding ones.
         units: See ``attach_engines``.
         frozen: See ``attach_engines``.
         always_active: See ``attach_engines``.
@@ -115,13 +118,16 @@ def make_plan(
         compare: Also plan full fine-tuning and the other kinds of masters, which takes several times as long.
 
     Raises:
-        ValueError: The grouping does not fit the model; an argument is out of range.
+        ValueError: The grouping does not fit the model; an argument is out of range; the policy does not say how many
+            groups train at once.
     """
     for name, value in (("link", link), ("sustained_flops", sustained_flops)):
         if not value > 0:
             raise ValueError(f"Got {name}={value}; it must be above 0.")
     setup = setup or Setup()
-    workload = Workload(model, optimizer, compute_loss, units=units, frozen=frozen, always_active=always_active)
+    workload = Workload(
+        model, optimizer, compute_loss, policy=policy, units=units, frozen=frozen, always_active=always_active
+    )
     asked = forecast(workload, setup, "as asked", every_group=True)
     proposal, smallest = None, None
     if not asked.fits(device_memory, host_memory):
@@ -145,7 +151,7 @@ def make_plan(
 
 def _comparison(workload: Workload, setup: Setup) -> list[Forecast]:
     plain = replace(setup, activation_budget=None, max_group_numel=None, offload="host", prefetch=True, eight_bit=False)
-    everything = len(workload.units)
+    everything, method = len(workload.units), workload.policy.name
     true32 = replace(plain, precision="32-true", master_weights="none")
     half = replace(plain, precision="bf16-true")
     rows = {
@@ -153,9 +159,9 @@ def _comparison(workload: Workload, setup: Setup) -> list[Forecast]:
         "full fine-tuning, bf16-mixed": replace(
             plain, precision="bf16-mixed", group_size=everything, offload="none", master_weights="none"
         ),
-        "HiFT, fp32": true32,
-        "HiFT, Mixed^Hi, full masters": replace(half, master_weights="full"),
-        "HiFT, Mixed^Hi, split masters": replace(half, master_weights="split"),
-        "HiFT, Mixed^Hi, split, 8-bit state": replace(half, master_weights="split", eight_bit=True),
+        f"{method}, fp32": true32,
+        f"{method}, Mixed^Hi, full masters": replace(half, master_weights="full"),
+        f"{method}, Mixed^Hi, split masters": replace(half, master_weights="split"),
+        f"{method}, Mixed^Hi, split, 8-bit state": replace(half, master_weights="split", eight_bit=True),
     }
     return [forecast(workload, other, name) for name, other in rows.items()]

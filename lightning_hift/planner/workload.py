@@ -19,6 +19,8 @@ from lightning_hift.memory import StateBytes
 from lightning_hift.optimizer_checks import check_optimizer
 from lightning_hift.planner.made_up_batch import ComputeLoss, find_loss
 from lightning_hift.probe import live_state_bytes, transient_bytes
+from lightning_hift.schedule import SweepSchedule
+from lightning_hift.selection import SelectionPolicy
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
@@ -51,12 +53,14 @@ class Workload:
         optimizer: Builds the optimizer from parameters; default: what ``configure_optimizers`` returns, or AdamW.
         compute_loss: How a batch is computed; default: found for models that take ``input_ids``, or that have an
             ``example_input_array``.
+        policy: See ``attach_engines``.
         units: See ``attach_engines``.
         frozen: See ``attach_engines``.
         always_active: See ``attach_engines``.
 
     Raises:
-        ValueError: The grouping does not fit the model, or there is more than one optimizer.
+        ValueError: The grouping does not fit the model, there is more than one optimizer, or the policy does not say
+            how many groups train at once.
     """
 
     def __init__(
@@ -65,16 +69,30 @@ class Workload:
         optimizer: Callable[[Any], Optimizer] | None = None,
         compute_loss: ComputeLoss | None = None,
         *,
+        policy: SelectionPolicy | None = None,
         units: Sequence[str | Sequence[str]] | None = None,
         frozen: Sequence[str] | None = None,
         always_active: Sequence[str] | None = None,
     ) -> None:
+        self.policy = policy or SweepSchedule()
         self.notes: list[str] = []
+        if (most := self.policy.most_groups) is None:
+            raise ValueError(
+                f"The planner does not know how many layer groups {self.policy.name} trains at once, and so not the"
+                " peak. Plan without the policy and with a group_size of all units, full fine-tuning, which needs more."
+            )
+        if most > 1:
+            self.notes.append(
+                f"{self.policy.name} trains {most} layer groups at once: each row is one group with the largest others,"
+                " and of equal ones the lowest."
+            )
         self._unplanned: set[tuple[str, bool]] = set()  # precisions, and whether blocks are recomputed
         self.model, _ = copy_without_memory(model)
         self.optimizer = self._optimizer(optimizer)
         check_optimizer(self.optimizer)
-        (found,) = find_groups(self.model, [self.optimizer], units=units, frozen=frozen, always_active=always_active)
+        (found,) = find_groups(
+            self.model, [self.optimizer], policy=self.policy, units=units, frozen=frozen, always_active=always_active
+        )
         self.units: list[LayerUnit] = [unit for group in found.groups for unit in group.units]
         self.always_active = found.always_active
         self._compute_loss = compute_loss or find_loss(self.model)
@@ -105,6 +123,17 @@ class Workload:
     def groups(self, group_size: GroupSize) -> list[LayerGroup]:
         """Layer groups; see ``group_units``."""
         return group_units(self.units, group_size)
+
+    def trained_with(self, groups: Sequence[LayerGroup], index: int) -> list[int]:
+        """The most demanding groups that train at once, if ``index`` is among them: it, and the largest others."""
+        others = sorted((i for i in range(len(groups)) if i != index), key=lambda i: (-groups[i].numel, i))
+        return [index, *others[: (self.policy.most_groups or 1) - 1]]
+
+    def trained_groups(self, group_size: GroupSize) -> list[LayerGroup]:
+        """For each layer group, all that trains at once in the worst case, as one group."""
+        groups = self.groups(group_size)
+        members = [sorted(self.trained_with(groups, i)) for i in range(len(groups))]
+        return [LayerGroup(i, tuple(u for m in ms for u in groups[m].units)) for i, ms in enumerate(members)]
 
     def tensor_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all parameters and buffers if the floating-point ones are of ``dtype``."""
@@ -146,7 +175,7 @@ class Workload:
         Returns:
             ``None`` if no batch can be computed; ``notes`` says why.
         """
-        groups = self.groups(group_size)
+        groups = self.trained_groups(group_size)
         alike = _alike(groups)
 
         def measure(i: int) -> Needs:
