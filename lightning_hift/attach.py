@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_hift.engine import ORPHAN_REMEDY, HiFTEngine
 from lightning_hift.grouping import (
+    BALANCED,
     GroupSize,
     LayerGroup,
     LayerUnit,
@@ -76,7 +78,7 @@ def attach_engines(
         TypeError: An optimizer cannot step one group at a time, or ``policy`` is none.
         RuntimeError: An optimizer is already under another engine.
     """
-    policy = choose_policy(policy, order, reshuffle, steps_per_group)
+    policy = choose_policy(policy, order, reshuffle, steps_per_group, group_size)
     found = find_groups(
         model,
         optimizers,
@@ -119,8 +121,9 @@ def choose_policy(
     order: Order = "bottom2up",
     reshuffle: bool = False,
     steps_per_group: int = 1,
+    group_size: GroupSize = 1,
 ) -> SelectionPolicy:
-    """``policy``, or HiFT's own with the other arguments.
+    """``policy``, or HiFT's own with the other arguments; turns of balanced groups are as long as the groups.
 
     Raises:
         ValueError: There are both, an argument is out of range, or there is no policy of that name.
@@ -128,7 +131,7 @@ def choose_policy(
     """
     schedule = SweepSchedule(1, order, reshuffle, steps_per_group)
     if policy is None:
-        return schedule
+        return replace(schedule, per_unit=group_size == BALANCED)
     if isinstance(policy, str):
         if policy not in POLICIES:
             names = ", ".join(map(repr, POLICIES))

@@ -46,7 +46,8 @@ class HiFTCallback(Callback):
         group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
             gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
             ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
-            the embedding is large, in the memory of groups of 1.
+            the embedding is large, in the memory of groups of 1. Each unit trains as often as in groups of 1, and its
+            neighbours with it: ``steps_per_group`` then counts for each unit of a group.
         order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
@@ -91,7 +92,7 @@ class HiFTCallback(Callback):
         self.frozen = frozen
         self.always_active = always_active
         self.seed = seed
-        self.policy = choose_policy(policy, self.order, reshuffle, steps_per_group)
+        self.policy = choose_policy(policy, self.order, reshuffle, steps_per_group, self.group_size)
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch

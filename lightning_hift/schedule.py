@@ -30,6 +30,8 @@ class SweepSchedule(SelectionPolicy):
         steps_per_group: Optimizer steps that a group stays active before the next one takes over.
         seed: Seed of the shuffle; ``bound_to`` sets it. Ignored by the other orders.
         state_handling: ``"keep"`` the optimizer state of a group for its next turn, or ``"reset"`` it after each turn.
+        per_unit: Let ``steps_per_group`` count for each layer unit of a group: groups of many units have longer turns.
+        turns: Length of each group's turn, as a multiple of ``steps_per_group``; default: 1 each. ``bound_to`` sets it.
 
     Raises:
         ValueError: An argument is out of range, or ``reshuffle`` is asked for without ``order="random"``.
@@ -41,6 +43,8 @@ class SweepSchedule(SelectionPolicy):
     steps_per_group: int = 1
     seed: int = 0
     state_handling: StateHandling = "keep"
+    per_unit: bool = False
+    turns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_state_handling(self.state_handling)
@@ -51,6 +55,8 @@ class SweepSchedule(SelectionPolicy):
             raise ValueError(
                 f"Got steps_per_group={self.steps_per_group}; a group must stay active for at least 1 step."
             )
+        if self.turns and (len(self.turns) != self.num_groups or min(self.turns) < 1):
+            raise ValueError(f"Got turns={self.turns}; there must be {self.num_groups} of them, each at least 1.")
 
     @property
     def name(self) -> str:
@@ -60,7 +66,7 @@ class SweepSchedule(SelectionPolicy):
     @property
     def steps_per_sweep(self) -> int:
         """Optimizer steps in one sweep."""
-        return self.num_groups * self.steps_per_group
+        return (sum(self.turns) or self.num_groups) * self.steps_per_group
 
     def group_at(self, step: int) -> int:
         """Index of the group that trains at optimizer step ``step``, counted from 0.
@@ -71,11 +77,8 @@ class SweepSchedule(SelectionPolicy):
         if step < 0:
             raise ValueError(f"Got step={step}; optimizer steps are counted from 0.")
         place = step % self.steps_per_sweep // self.steps_per_group
-        if self.order == "bottom2up":
-            return place
-        if self.order == "top2down":
-            return self.num_groups - 1 - place
-        return _shuffled(self.num_groups, self.seed, self.sweep_at(step) if self.reshuffle else 0)[place]
+        shuffle = self.sweep_at(step) if self.reshuffle else 0
+        return _in_order(self.num_groups, self.turns, self.order, self.seed, shuffle)[place]
 
     def groups_at(self, step: int) -> tuple[int, ...]:
         """``group_at``, as all policies have it."""
@@ -83,7 +86,8 @@ class SweepSchedule(SelectionPolicy):
 
     def bound_to(self, groups: Sequence[LayerGroup], seed: int = 0) -> SweepSchedule:
         """The same schedule over ``groups``."""
-        return replace(self, num_groups=len(groups), seed=seed)
+        turns = tuple(len(group.units) for group in groups) if self.per_unit else self.turns
+        return replace(self, num_groups=len(groups), seed=seed, turns=turns)
 
     def fingerprint(self) -> dict[str, Any]:
         """All arguments that matter."""
@@ -93,12 +97,14 @@ class SweepSchedule(SelectionPolicy):
             "steps_per_group": self.steps_per_group,
             "seed": self.seed if self.order == "random" else None,
             **({} if self.state_handling == "keep" else {"state_handling": self.state_handling}),
+            **({"turns": list(self.turns)} if len(set(self.turns)) > 1 else {}),
         }
 
     def describe(self, num_groups: int) -> str:
         """Order and steps."""
         ends = "" if self.state_handling == "keep" else ", state reset after each turn"
-        return f"{self.name}: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) each{ends}"
+        each = "for each unit" if self.per_unit else "each"
+        return f"{self.name}: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) {each}{ends}"
 
 
 def check_order(order: str, reshuffle: bool = False) -> None:
@@ -119,8 +125,12 @@ def check_order(order: str, reshuffle: bool = False) -> None:
 
 
 @lru_cache(maxsize=8)
-def _shuffled(num_groups: int, seed: int, sweep: int) -> tuple[int, ...]:
+def _in_order(num_groups: int, turns: tuple[int, ...], order: Order, seed: int, shuffle: int) -> tuple[int, ...]:
+    """The groups of a sweep, each as often as its turn is long."""
     groups = list(range(num_groups))
-    # A string seed is hashed with SHA-512, so neighbouring sweeps get unrelated shuffles on every platform.
-    random.Random(f"{seed}/{sweep}").shuffle(groups)
-    return tuple(groups)
+    if order == "top2down":
+        groups.reverse()
+    elif order == "random":
+        # A string seed is hashed with SHA-512, so neighbouring sweeps get unrelated shuffles on every platform.
+        random.Random(f"{seed}/{shuffle}").shuffle(groups)
+    return tuple(group for group in groups for _ in range(turns[group] if turns else 1))
