@@ -33,7 +33,7 @@ def check_fingerprint(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None
     """
     differences = [
         f"{key}: {_first_difference(saved.get(key), mine.get(key))}"
-        for key in dict.fromkeys(("policy", "state_handling", *mine))
+        for key in dict.fromkeys(("policy", "state_handling", "turns", *mine))
         if saved.get(key) != mine.get(key)
     ]
     if differences:
