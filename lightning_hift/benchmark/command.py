@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_hift.benchmark.cell_process import MEASURED, shorten
-from lightning_hift.benchmark.kinds import Plan, Planned, check_kind, plan_function, report_function
+from lightning_hift.benchmark.kinds import Plan, Planned, kind_of, plan_function, report_function
 from lightning_hift.benchmark.matrix import BUDGET, Benchmark, Cell, load_benchmark
 from lightning_hift.benchmark.records import Record, merge_records
 from lightning_hift.benchmark.runner import Runner
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(options: argparse.Namespace) -> None:
     benchmark = load_benchmark(options.config)
-    check_kind(benchmark.kind)
+    kind_of(benchmark.kind)
     if options.output:
         benchmark = replace(benchmark, output=options.output)
     if options.jobs < 1:

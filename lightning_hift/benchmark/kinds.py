@@ -20,8 +20,11 @@ Plan = Callable[[Sequence[str], Mapping[str, Any], Path], Planned]
 """Takes what ``Run`` takes."""
 
 
+_HERE = "lightning_hift.benchmark"
+
+
 class Kind(NamedTuple):
-    """Where the functions of a kind are, as ``module:function`` below this package.
+    """Where the functions of a kind are, as ``module:function``.
 
     Args:
         run: Makes one run, in a process of its own; raises ``Skipped`` where something that it needs is missing.
@@ -30,7 +33,7 @@ class Kind(NamedTuple):
     """
 
     run: str
-    report: str = "report:write_report"
+    report: str = f"{_HERE}.report:write_report"
     plan: str | None = None
 
 
@@ -39,41 +42,44 @@ class Skipped(Exception):
 
 
 KINDS = {
-    "fit": Kind("fit_cell:run", plan="fit_cell:plan"),
+    "fit": Kind(f"{_HERE}.fit_cell:run", plan=f"{_HERE}.fit_cell:plan"),
 }
 
 
-def check_kind(kind: str) -> None:
-    """Refuse a kind that does not exist.
+def kind_of(name: str) -> Kind:
+    """A kind by its name; or one of your own by the place of its ``Run``, such as ``"my_module:run"``.
 
     Raises:
-        ValueError: It does not.
+        ValueError: There is none of this name.
     """
-    if kind not in KINDS:
-        raise ValueError(f"Got kind={kind!r}; choose one of {', '.join(map(repr, KINDS))}.")
+    if name in KINDS:
+        return KINDS[name]
+    if ":" in name:
+        return Kind(name)
+    raise ValueError(
+        f"Got kind={name!r}; choose one of {', '.join(map(repr, KINDS))}, or name a function of your own, as"
+        " module:function."
+    )
 
 
 def run_function(kind: str) -> Run:
     """The function that makes one run."""
-    check_kind(kind)
-    found: Run = _load(KINDS[kind].run)
+    found: Run = _load(kind_of(kind).run)
     return found
 
 
 def report_function(kind: str) -> Report:
     """The function that writes the report, and returns the paths of its files."""
-    check_kind(kind)
-    found: Report = _load(KINDS[kind].report)
+    found: Report = _load(kind_of(kind).report)
     return found
 
 
 def plan_function(kind: str) -> Plan | None:
     """The function that plans a run, if there is one."""
-    check_kind(kind)
-    place = KINDS[kind].plan
+    place = kind_of(kind).plan
     return None if place is None else _load(place)
 
 
 def _load(place: str) -> Any:
     module, name = place.split(":")
-    return getattr(import_module(f"lightning_hift.benchmark.{module}"), name)
+    return getattr(import_module(module), name)

@@ -106,7 +106,7 @@ class Benchmark:
         axes: Values by axis. A value is a plain one, or a mapping with ``name``, ``as`` (what stands for it in
             templates; default: the name), ``configs`` and ``options`` of its own, and ``trials``: values by dotted key
             that are tried out with ``trial_seed`` before the best one is taken for all seeds.
-        kind: What a run does: ``"fit"``, or one of ``kinds.KINDS``.
+        kind: What a run does: ``"fit"`` or another one of ``kinds.KINDS``, or a function of your own; see ``kind_of``.
         configs: Files that each run reads, with ``{axis}`` in the place of the value. One that ends in ``?`` is left
             out where it does not exist.
         options: Settings by dotted key, which take precedence over the files. ``{axis}`` likewise.

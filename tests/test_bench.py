@@ -1,0 +1,483 @@
+"""``lightning-hift bench``: the matrix, the runs in processes of their own, the records, the report."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_hift.benchmark.command import main
+from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
+from lightning_hift.benchmark.records import append_record, merge_records, read_records
+from lightning_hift.benchmark.runner import Runner
+from lightning_hift.benchmark.summary import summarize
+
+ROOT = Path(__file__).parent.parent
+KIND = "tests.bench_kinds:run"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def benchmark(**options):
+    return Benchmark(**{"axes": {"seed": [0]}, "output": "out/it", "kind": KIND, "metric": "val_accuracy", **options})
+
+
+def write(path="bench.yaml", **options):
+    told = {"axes": {"seed": [0]}, "output": "out/it", "kind": KIND, "metric": "val_accuracy", **options}
+    Path(path).write_text(yaml.safe_dump(told, sort_keys=False))
+    return path
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_the_product_with_files_and_options_filled_in(here):
+    for name in ("t/x.yaml", "m/a.yaml", "m/b.yaml", "own/x_b.yaml", "extra.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    cells = benchmark(
+        axes={
+            "task": ["x"],
+            "method": [
+                "a",
+                {"name": "c", "as": "b", "options": {"lr": 3, "note": "is {method}"}, "configs": ["extra.yaml"]},
+            ],
+            "seed": [0, 1],
+        },
+        configs=["t/{task}.yaml", "m/{method}.yaml", "own/{task}_{method}.yaml?"],
+        options={"seed_everything": "{seed}", "lr": 1, "deep": {"list": ["{task}!", 2]}},
+        exclude=[{"method": "a", "seed": [1]}],
+        baseline={"method": "a"},
+    ).cells()
+    assert [tuple(cell.values.values()) for cell in cells] == [("x", "a", 0), ("x", "c", 0), ("x", "c", 1)]
+    first, second, _ = cells
+    assert first.configs == ("t/x.yaml", "m/a.yaml")
+    assert first.options == {"seed_everything": 0, "lr": 1, "deep": {"list": ["x!", 2]}}
+    assert second.configs == ("t/x.yaml", "m/b.yaml", "own/x_b.yaml", "extra.yaml")
+    assert second.options == {"seed_everything": 0, "lr": 3, "deep": {"list": ["x!", 2]}, "note": "is b"}
+
+
+def test_what_is_compared_runs_side_by_side(here):
+    axes = {"method": ["a", "b"], "seed": [0, 1]}
+    options = {"m": "{method}", "s": "{seed}"}
+    cells = benchmark(axes=axes, options=options, baseline={"method": "a"}).cells()
+    assert [tuple(cell.values.values()) for cell in cells] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_a_fingerprint_changes_with_all_that_a_run_is_told(here):
+    Path("a.yaml").write_text("1")
+    cell = Cell({"seed": 0}, ("a.yaml",), {"lr": 1})
+    first = cell.fingerprint("fit")
+    assert first == Cell({"seed": 0}, ("a.yaml",), {"lr": 1}).fingerprint("fit")
+    others = {cell.fingerprint("speed"), Cell({"seed": 0}, ("a.yaml",), {"lr": 2}).fingerprint("fit")}
+    Path("a.yaml").write_text("2")
+    assert len({first, cell.fingerprint("fit"), *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": {}}, "Got no axes"),
+        ({"axes": {"seed": 3}}, "axes.seed=3; it must be a list"),
+        ({"axes": {"seed": []}}, "at least one value"),
+        ({"axes": {"seed": [0, 0]}}, "cell '0' is there twice"),
+        ({"axes": {"method": ["a", "b"]}}, "cells 'a' and 'b' are the same run"),
+        ({"axes": {"m": [{"as": "b"}]}}, "it needs a name"),
+        ({"axes": {"m": [{"name": "b", "option": 1}]}}, "may have as, configs, options, trials"),
+        ({"axes": {"m": [{"name": "b", "trials": {"lr": 1}}]}}, "each key needs a list"),
+        ({"exclude": [{"colour": "red"}]}, "exclude with the axis 'colour'; there are seed"),
+        ({"baseline": {"seed": 5}}, "baseline with seed=5; there are 0"),
+        ({"axes": {"budget": ["energy"]}}, "'steps' and 'time'"),
+        ({"axes": {"budget": ["time"]}, "baseline": {}}, "needs 'steps' beside it"),
+        ({"options": {"lr": "{colour}"}}, "in braces there can be seed"),
+        ({"kind": "dance"}, "Got kind='dance'; choose one of 'fit'"),
+        ({"limits": {"seconds": 0}}, "limits.seconds=0"),
+        ({"limits": {"host_memory": "lots"}}, "limits.host_memory='lots'"),
+        ({"limits": {"watts": 3}}, "it takes seconds, host_memory, device_memory"),
+        ({"colour": "red"}, "unknown keys"),
+    ],
+)
+def test_bad_descriptions(here, options, message, capsys):
+    path = write(**options)
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", path, "--dry-run"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_methods_are_answered_with_those_that_there_are(here, capsys):
+    shutil.copytree(ROOT / "configs", "configs")
+    path = write(axes={"method": ["full", "hfit"]}, configs=["configs/method/{method}.yaml"])
+    with pytest.raises(SystemExit):
+        main(["--config", path])
+    told = capsys.readouterr().err
+    assert "Got 'hfit'" in told
+    for name in ("full", "hift", "lora", "mezo", "lisa", "badam"):
+        assert name in told
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_added_as_whole_lines(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')  # whoever wrote this was killed
+    with pytest.warns(UserWarning, match="the last line was cut off"):
+        assert read_records(path) == [{"a": 1}]
+    append_record(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+def test_a_broken_line_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\n[2]\n{"a": 3}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2, is no record: '\[2\]'"):
+        read_records(path)
+
+
+def test_a_full_disk_leaves_no_torn_line(tmp_path):
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from lightning_hift.benchmark.records import append_record
+path = Path(sys.argv[1])
+append_record(path, {"a": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    append_record(path, {"a": "x" * 200})
+except OSError as error:
+    print(error)
+"""
+    path = tmp_path / "r.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert "Make room and start again" in done.stdout, done.stderr
+    assert path.read_text() == '{"a": 1}\n'
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100
+
+
+def test_records_of_another_schema_are_refused(here, capsys):
+    path = write()
+    Path("out").mkdir()
+    Path("out/it.jsonl").write_text('{"run": ["trec", "full", 0]}\n')
+    with pytest.raises(SystemExit):
+        main(["--config", path])
+    assert "records of the schema None; this version reads and writes 1. Name another output" in capsys.readouterr().err
+
+
+def test_merging_adds_what_is_new(tmp_path):
+    one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    for path, values in ((one, [1, 2]), (two, [2, 3])):
+        for value in values:
+            append_record(path, {"a": value})
+    assert merge_records(one, [two]) == 1
+    assert [record["a"] for record in read_records(one)] == [1, 2, 3]
+    with pytest.raises(FileNotFoundError, match="There is no file nowhere to merge"):
+        merge_records(one, [Path("nowhere")])
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def run_here(runner, monkeypatch):
+    """Runs in this process, with a list of those that were made."""
+    from tests.bench_kinds import run
+
+    made = []
+
+    def in_process(self, cell):
+        made.append(cell)
+        passport = {"device": "CPU, a test", "cores": 1, "driver": None, "versions": {}, "commit": "0"}
+        return {"status": "measured", "measured": run(cell.configs, cell.options, Path()), "passport": passport}
+
+    monkeypatch.setattr(Runner, "_in_process", in_process)
+    runner._device = "CPU, a test"
+    return made
+
+
+def test_runs_once_what_is_missing(here, monkeypatch):
+    Path("out").mkdir()
+    options = {"seed_everything": "{seed}"}
+    few = benchmark(axes={"seed": [0, 1]}, options=options)
+    made = run_here(runner := Runner(few, Path("out/it.jsonl")), monkeypatch)
+    runner.run(few.cells())
+    assert [cell.values["seed"] for cell in made] == [0, 1]
+    more = benchmark(axes={"seed": [0, 1, 2]}, options=options)
+    made = run_here(runner := Runner(more, Path("out/it.jsonl")), monkeypatch)
+    known = runner.run(more.cells())
+    assert [cell.values["seed"] for cell in made] == [2]
+    assert len(known) == 3
+    changed = benchmark(axes={"seed": [0, 1, 2]}, options={**options, "lr": 2})
+    made = run_here(runner := Runner(changed, Path("out/it.jsonl")), monkeypatch)
+    runner.run(changed.cells())
+    assert [cell.values["seed"] for cell in made] == [0, 1, 2]
+    assert len(read_records(Path("out/it.jsonl"))) == 6
+
+
+def test_the_best_trial_is_taken_for_all_seeds(here, monkeypatch):
+    Path("out").mkdir()
+    tried = benchmark(
+        axes={"method": [{"name": "a", "trials": {"lr": [2, 5, 3]}}, "b"], "seed": [0, 1]},
+        options={"seed_everything": "{seed}", "lr": 1, "m": "{method}"},
+        trial_seed=7,
+    )
+    made = run_here(runner := Runner(tried, Path("out/it.jsonl")), monkeypatch)
+    runner.run(tried.cells())
+    assert [(c.trial, c.options["seed_everything"], c.options["lr"]) for c in made] == [
+        ({"lr": 2}, 7, 2),
+        ({"lr": 5}, 7, 5),
+        ({"lr": 3}, 7, 3),
+        (None, 0, 5),
+        (None, 1, 5),
+        (None, 0, 1),
+        (None, 1, 1),
+    ]
+    by_loss = benchmark(**{**vars(tried), "metric": "val_loss", "output": "out/loss"})
+    made = run_here(runner := Runner(by_loss, Path("out/loss.jsonl")), monkeypatch)
+    runner.run(by_loss.cells())
+    assert {c.options["lr"] for c in made if c.trial is None and c.values["method"] == "a"} == {5}
+
+
+def test_equal_time_takes_as_many_steps_as_the_baseline_has_room_for(here, monkeypatch):
+    Path("out").mkdir()
+    timed = benchmark(
+        axes={
+            "method": [{"name": "full", "options": {"speed": 1}}, {"name": "fast", "options": {"speed": 2.5}}],
+            "budget": ["steps", "time"],
+            "seed": [0, 1],
+        },
+        options={"seed_everything": "{seed}", "trainer.max_steps": 40},
+        exclude=[{"method": "full", "budget": "time"}],
+        baseline={"method": "full"},
+    )
+    made = run_here(runner := Runner(timed, Path("out/it.jsonl")), monkeypatch)
+    known = runner.run(timed.cells())
+    found = [(*c.values.values(), c.options["trainer.max_steps"], c.options.get("trainer.max_epochs")) for c in made]
+    assert found == [
+        ("full", "steps", 0, 40, None),
+        ("fast", "steps", 0, 40, None),
+        ("full", "steps", 1, 40, None),
+        ("fast", "steps", 1, 40, None),
+        ("fast", "time", 0, 100, -1),
+        ("fast", "time", 1, 100, -1),
+    ]
+    lines = {tuple(line.values.values()): line for line in summarize(timed, timed.cells(), known)}
+    assert lines["fast", "steps"].ratio("time") == pytest.approx(0.4)
+    assert lines["fast", "time"].ratio("time") == pytest.approx(1.0)
+    assert lines["fast", "time"].ratio("time_per_step") == pytest.approx(0.4)
+    assert lines["full", "steps"].gain is None
+    again = run_here(runner := Runner(timed, Path("out/it.jsonl")), monkeypatch)
+    runner.run(timed.cells())
+    assert again == []
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "reason"),
+    [
+        ("crash", "failed", "RuntimeError: this one breaks"),
+        ("exit", "failed", "the process ended with code 2: a bad option"),
+        ("package", "skipped", "the package nowhere is not installed"),
+        ("memory", "out of memory", "too much"),
+        ("killed", "out of memory", "the process was killed"),
+        ("hog", "out of memory", "took more than 0.98 GiB of host memory"),
+        ("sleep", "timed out", "took more than 15 seconds"),
+    ],
+)
+def test_what_goes_wrong_is_a_row(here, what, status, reason):
+    Path("out").mkdir()
+    limits = Limits(seconds=15 if what == "sleep" else 120, host_memory="1000MiB" if what == "hog" else None)
+    bad = benchmark(options={"what": what}, limits=limits)
+    (record,) = Runner(bad, Path("out/it.jsonl")).run(bad.cells()).values()
+    assert record["status"] == status
+    assert reason in record["reason"]
+    assert read_records(Path("out/it.jsonl")) == [record]
+
+
+def test_what_depends_on_a_failure_is_skipped(here, monkeypatch):
+    Path("out").mkdir()
+    axes = {"method": ["full", "fast"], "budget": ["steps", "time"]}
+    timed = benchmark(axes=axes, options={"m": "{method}"}, baseline={"method": "full"})
+    monkeypatch.setattr(
+        Runner, "_in_process", lambda self, cell: {"status": "failed", "reason": "no", "passport": {"device": "x"}}
+    )
+    runner = Runner(timed, Path("out/it.jsonl"))
+    known = runner.run(timed.cells())
+    assert [record["status"] for record in known.values()] == ["failed", "failed", "skipped", "skipped"]
+    assert [record["reason"] for record in known.values()][-1] == "needs full steps, which was not measured"
+    assert len(read_records(Path("out/it.jsonl"))) == 2  # what was not run can be run later
+
+
+def test_an_interrupted_benchmark_goes_on(here):
+    path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
+    command = [sys.executable, "-m", "lightning_hift", "bench", "--config", path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    records = Path("out/it.jsonl")
+    for _ in range(600):
+        if records.exists() and len(read_records(records)) >= 1:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "Interrupted. What is recorded is not repeated" in told
+    first = read_records(records)
+    assert 1 <= len(first) < 3
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Written: out/it.md" in done.stdout
+    assert read_records(records)[: len(first)] == first
+    assert sorted(record["cell"]["seed"] for record in read_records(records)) == [0, 1, 2]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+COMPARED = {
+    "title": "A title",
+    "about": "What it is about.",
+    "axes": {
+        "task": ["x", "y"],
+        "method": [
+            {"name": "full", "options": {"lr": 5}},
+            {"name": "fast", "options": {"speed": 2, "lr": 4}},
+            "broken",
+        ],
+        "seed": [0, 1],
+    },
+    "options": {"seed_everything": "{seed}", "task": "{task}", "m": "{method}"},
+    "baseline": {"method": "full"},
+}
+
+
+@pytest.fixture
+def reported(here, monkeypatch):
+    """All files of a report over cells that ran in this process."""
+    from tests.bench_kinds import run
+
+    def in_process(self, cell):
+        passport = {"device": self._device, "cores": 1, "driver": None, "versions": {"torch": "9"}, "commit": "abc"}
+        if cell.values["method"] == "broken":
+            return {"status": "failed", "reason": "it is broken", "passport": passport}
+        return {"status": "measured", "measured": run(cell.configs, cell.options, Path()), "passport": passport}
+
+    monkeypatch.setattr(Runner, "_in_process", in_process)
+    main(["--config", write(**COMPARED)])
+    return here / "out"
+
+
+def test_the_report_has_means_ratios_and_reasons(reported):
+    text = (reported / "it.md").read_text()
+    assert text.startswith("# A title\n\nWhat it is about.\n\n## Result\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["x", "full", "accuracy", "50.0 50.1", "50.05", "0.07", "-", "-", "-", "-"] in rows
+    assert ["y", "fast", "accuracy", "40.0 40.1", "40.05", "0.07", "-10.00", "0.50", "2.00", "1.00"] in rows
+    assert ["fast", "-10.00", "-10.00", "-10.00", "0.50", "2.00"] in rows
+    assert "- failed: it is broken: x broken 0; x broken 1; y broken 0; y broken 1" in text
+    assert "torch 9; commit abc (12 runs)" in text
+
+
+def test_every_picture_that_the_report_shows_is_there(reported):
+    text = (reported / "it.md").read_text()
+    pictures = sorted(path.name for path in reported.glob("*.png"))
+    assert len(pictures) == 5
+    for name in pictures:
+        assert f"]({name})" in text
+        assert (reported / name).stat().st_size > 5000
+
+
+def test_the_csv_has_a_line_for_each_run(reported):
+    with (reported / "it.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    fast = next(row for row in rows if row["method"] == "fast" and row["seed"] == "1")
+    assert (fast["val_accuracy"], fast["seconds"], fast["memory.total"]) == ("0.401", "50.0", "9.0")
+    assert {row["reason"] for row in rows if row["method"] == "broken"} == {"it is broken"}
+
+
+def test_results_of_another_machine_are_shown_apart(reported, capsys):
+    other = reported.parent / "other.jsonl"
+    for record in read_records(reported / "it.jsonl"):
+        append_record(other, {**record, "passport": {**record["passport"], "device": "A GPU"}})
+    capsys.readouterr()
+    main(["--config", "bench.yaml", "--merge", str(other), "--report"])
+    assert "12 records were added" in capsys.readouterr().out
+    text = (reported / "it.md").read_text()
+    assert "## On A GPU" in text
+    assert text.count("## Result") == 2
+    assert (reported / "it_memory_on_the_device_2.png").exists()
+
+
+def test_a_dry_run_lists_the_cells_and_runs_nothing(reported, capsys):
+    before = (reported / "it.jsonl").read_text()
+    capsys.readouterr()
+    main(["--config", "bench.yaml", "--dry-run", "--only", "method=full,fast", "seed=0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["task", "method", "seed", "trial"]
+    assert sum("measured" in line for line in lines) == 4
+    assert lines[-1].startswith("4 runs, 0 to do")
+    assert (reported / "it.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "colour=red"], "write AXIS=VALUE with one of task, method, seed"),
+        (["--only", "method=slow"], "there are broken, fast, full"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--merge", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+    ],
+)
+def test_bad_words(here, words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config", write(**COMPARED), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_is_said(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config", "nowhere.yaml"])
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_failures_are_repeated_on_demand_only(here, monkeypatch):
+    made = []
+
+    def in_process(self, cell):
+        made.append(cell.values["method"])
+        return {
+            "status": "failed",
+            "reason": "no",
+            "passport": {"device": self._device, "cores": 1, "driver": None, "versions": {}, "commit": None},
+        }
+
+    monkeypatch.setattr(Runner, "_in_process", in_process)
+    path = write(axes={"method": ["a", "b"]}, options={"m": "{method}"})
+    main(["--config", path])
+    main(["--config", path])
+    assert made == ["a", "b"]
+    main(["--config", path, "--again"])
+    assert made == ["a", "b", "a", "b"]
+
+
+def test_json_of_a_record_is_one_line(here, monkeypatch):
+    Path("out").mkdir()
+    one = benchmark(options={"note": "a\nb"})
+    run_here(runner := Runner(one, Path("out/it.jsonl")), monkeypatch)
+    runner.run(one.cells())
+    (line,) = Path("out/it.jsonl").read_text().splitlines()
+    assert json.loads(line)["options"] == {"note": "a\nb"}
+    assert load_benchmark(write()).kind == KIND
+    assert os.path.exists("bench.yaml")
