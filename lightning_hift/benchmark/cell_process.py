@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lightning_hift.benchmark.kinds import Skipped, run_function
 from lightning_hift.benchmark.passport import make_passport
+from lightning_hift.benchmark.records import Record
 
 MEASURED, SKIPPED, OUT_OF_MEMORY, TIMED_OUT, FAILED = "measured", "skipped", "out of memory", "timed out", "failed"
 _LONGEST = 400  # characters of a reason
@@ -24,10 +26,15 @@ def main(request: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, told["device_memory"] / total))
     if told["threads"] is not None:
         torch.set_num_threads(told["threads"])
-    outcome: dict[str, Any]
+    outcome = run_cell(told["kind"], told["configs"], told["options"], request.parent)
+    request.with_suffix(".out").write_text(json.dumps(outcome))
+
+
+def run_cell(kind: str, configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Record:
+    """Make a run in this process; whatever goes wrong is its outcome."""
+    outcome: Record
     try:
-        measured = run_function(told["kind"])(told["configs"], told["options"], request.parent)
-        outcome = {"status": MEASURED, "measured": dict(measured)}
+        outcome = {"status": MEASURED, "measured": dict(run_function(kind)(configs, options, folder))}
     except Skipped as reason:
         outcome = {"status": SKIPPED, "reason": str(reason)}
     except ModuleNotFoundError as error:
@@ -36,7 +43,7 @@ def main(request: Path) -> None:
         outcome = {"status": OUT_OF_MEMORY, "reason": shorten(str(error) or "of the host")}
     except Exception as error:  # a row, not the end
         outcome = {"status": FAILED, "reason": shorten(f"{type(error).__name__}: {error}")}
-    request.with_suffix(".out").write_text(json.dumps({**outcome, "passport": make_passport()}))
+    return {**outcome, "passport": make_passport()}
 
 
 def shorten(text: str) -> str:

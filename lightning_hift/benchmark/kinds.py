@@ -30,11 +30,13 @@ class Kind(NamedTuple):
         run: Makes one run, in a process of its own; raises ``Skipped`` where something that it needs is missing.
         report: Writes all files of the report, and returns their paths.
         plan: Says what a run needs.
+        apart: Whether each run has a process of its own; arithmetic does not need one.
     """
 
     run: str
     report: str = f"{_HERE}.report:write_report"
     plan: str | None = None
+    apart: bool = True
 
 
 class Skipped(Exception):
@@ -43,6 +45,7 @@ class Skipped(Exception):
 
 KINDS = {
     "fit": Kind(f"{_HERE}.fit_cell:run", plan=f"{_HERE}.fit_cell:plan"),
+    "paper_memory": Kind(f"{_HERE}.paper_memory:run", f"{_HERE}.paper_memory:write_report", apart=False),
 }
 
 

@@ -29,6 +29,8 @@ def plot_memory(bars: Mapping[str, Mapping[str, float]], path: Path, title: str)
     unit, size = _unit(max(sum(parts[kind] for kind in KINDS) for parts in bars.values()))
     for kind, colour in zip(KINDS, _COLOURS, strict=False):
         widths = [bars[name][kind] / size for name in names]
+        if not any(widths):
+            continue
         axes.barh(names, widths, left=left, color=colour, label=_LABELS.get(kind, kind), height=0.68)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, total in enumerate(left):

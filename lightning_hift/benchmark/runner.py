@@ -17,7 +17,8 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from lightning_hift.benchmark.cell_process import FAILED, MEASURED, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, shorten
+from lightning_hift.benchmark.cell_process import FAILED, MEASURED, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, run_cell, shorten
+from lightning_hift.benchmark.kinds import kind_of
 from lightning_hift.benchmark.matrix import BUDGET, EQUAL_STEPS, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import Record, append_record, read_records
@@ -181,6 +182,8 @@ class Runner:
     def _in_process(self, cell: Cell) -> Record:
         limits, threads = self.benchmark.limits, self.benchmark.threads
         with tempfile.TemporaryDirectory() as folder:
+            if not kind_of(self.benchmark.kind).apart:
+                return run_cell(self.benchmark.kind, cell.configs, cell.options, Path(folder))
             request, log = Path(folder, "request.json"), Path(folder, "log.txt")
             told = {"kind": self.benchmark.kind, "configs": cell.configs, "options": cell.options, "threads": threads}
             request.write_text(json.dumps({**told, "device_memory": limits.bytes_of("device_memory")}))
