@@ -99,6 +99,7 @@ def test_a_fingerprint_changes_with_all_that_a_run_is_told(here):
         ({"axes": {"m": [{"name": "b", "option": 1}]}}, "may have as, configs, options, trials"),
         ({"axes": {"m": [{"name": "b", "trials": {"lr": 1}}]}}, "each key needs a list"),
         ({"exclude": [{"colour": "red"}]}, "exclude with the axis 'colour'; there are seed"),
+        ({"trial_at": {"colour": "red"}}, "trial_at with the axis 'colour'; there are seed"),
         ({"baseline": {"seed": 5}}, "baseline with seed=5; there are 0"),
         ({"axes": {"budget": ["energy"]}}, "'steps' and 'time'"),
         ({"axes": {"budget": ["time"]}, "baseline": {}}, "needs 'steps' beside it"),
@@ -234,7 +235,7 @@ def test_the_best_trial_is_taken_for_all_seeds(here, monkeypatch):
     tried = benchmark(
         axes={"method": [{"name": "a", "trials": {"lr": [2, 5, 3]}}, "b"], "seed": [0, 1]},
         options={"seed_everything": "{seed}", "lr": 1, "m": "{method}"},
-        trial_seed=7,
+        trial_at={"seed": 7},
     )
     made = run_here(runner := Runner(tried, Path("out/it.jsonl")), monkeypatch)
     runner.run(tried.cells())
@@ -251,6 +252,26 @@ def test_the_best_trial_is_taken_for_all_seeds(here, monkeypatch):
     made = run_here(runner := Runner(by_loss, Path("out/loss.jsonl")), monkeypatch)
     runner.run(by_loss.cells())
     assert {c.options["lr"] for c in made if c.trial is None and c.values["method"] == "a"} == {5}
+
+
+def test_trials_in_one_task_count_for_all(here):
+    tried = benchmark(
+        axes={
+            "task": ["x", {"name": "y", "options": {"of_y": 1}}],
+            "method": [{"name": "a", "trials": {"lr": [1, 2]}}],
+            "budget": ["steps", "time"],
+            "seed": [0, 1],
+        },
+        options={"seed_everything": "{seed}", "task": "{task}"},
+        baseline={"method": "a"},
+        trial_at={"task": "y", "seed": 9},
+    )
+    cells = tried.cells()
+    assert [(tuple(cell.values.values()), cell.options) for cell in cells[:2]] == [
+        (("y", "a", "steps", 9), {"seed_everything": 9, "task": "y", "of_y": 1, "lr": lr}) for lr in (1, 2)
+    ]
+    assert len(cells) == 2 + 8
+    assert all(list(cell.trials) == cells[:2] for cell in cells[2:])
 
 
 def test_equal_time_takes_as_many_steps_as_the_baseline_has_room_for(here, monkeypatch):
@@ -437,6 +458,7 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(reported, capsys):
         (["--only", "colour=red"], "write AXIS=VALUE with one of task, method, seed"),
         (["--only", "method=slow"], "there are broken, fast, full"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--set", "lr"], "Got --set lr; write KEY=VALUE"),
         (["--merge", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
     ],
 )
@@ -444,6 +466,13 @@ def test_bad_words(here, words, message, capsys):
     with pytest.raises(SystemExit):
         main(["--config", write(**COMPARED), *words])
     assert message in capsys.readouterr().err
+
+
+def test_options_of_the_command_line_take_precedence(here, monkeypatch):
+    made = []
+    monkeypatch.setattr(Runner, "run", lambda self, cells, again: made.extend(cells))
+    main(["--config", write(options={"lr": 1, "seed_everything": "{seed}"}), "--set", "lr=2.5", "name=a b"])
+    assert [cell.options for cell in made] == [{"lr": 2.5, "seed_everything": 0, "name": "a b"}]
 
 
 def test_a_missing_file_is_said(here, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from lightning_hift.benchmark.cell_process import MEASURED, shorten
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-hift bench", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--config", "-c", required=True, help="a YAML file, as those in configs/benchmark")
     parser.add_argument("--output", help="where results go, in the place of what the file says: a path without suffix")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of all runs, over the file's"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=VALUE[,VALUE]", help="a part of the matrix")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; times are comparable with 1 only")
     parser.add_argument("--again", action="store_true", help="also repeat runs that failed or were skipped")
@@ -58,6 +62,7 @@ def _main(options: argparse.Namespace) -> None:
     kind_of(benchmark.kind)
     if options.output:
         benchmark = replace(benchmark, output=options.output)
+    benchmark = replace(benchmark, options={**benchmark.options, **_settings(options.set)})
     if options.jobs < 1:
         raise ValueError(f"Got --jobs {options.jobs}; it must be at least 1.")
     every = benchmark.cells()
@@ -78,6 +83,16 @@ def _main(options: argparse.Namespace) -> None:
     by_device = {device: runner.known(every, device) for device in runner.devices()}
     files = report_function(benchmark.kind)(benchmark, every, by_device)
     print("\n".join(f"Written: {file}" for file in (path, *files)))
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for word in words:
+        key, is_given, value = word.partition("=")
+        if not is_given:
+            raise ValueError(f"Got --set {word}; write KEY=VALUE, such as trainer.max_steps=100.")
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def _chosen(cells: Sequence[Cell], benchmark: Benchmark, only: Sequence[str]) -> list[Cell]:

@@ -105,7 +105,7 @@ class Benchmark:
     Args:
         axes: Values by axis. A value is a plain one, or a mapping with ``name``, ``as`` (what stands for it in
             templates; default: the name), ``configs`` and ``options`` of its own, and ``trials``: values by dotted key
-            that are tried out with ``trial_seed`` before the best one is taken for all seeds.
+            that are tried out as ``trial_at`` says before the best one is taken for all runs.
         kind: What a run does: ``"fit"`` or another one of ``kinds.KINDS``, or a function of your own; see ``kind_of``.
         configs: Files that each run reads, with ``{axis}`` in the place of the value. One that ends in ``?`` is left
             out where it does not exist.
@@ -113,7 +113,7 @@ class Benchmark:
         exclude: What not to run: values, or lists of them, by axis.
         baseline: The value of some axes that others are compared with.
         metric: The metric that counts, or one for each value of the axis ``task``.
-        trial_seed: The value of the axis ``seed`` for trials.
+        trial_at: The values of some axes in trials, such as a seed that is not used otherwise, or one task for all.
         limits: Of each run.
         threads: Of torch, per run; default: torch's own choice.
         output: Results go to ``OUTPUT.jsonl``, ``.md``, ``.csv`` and pictures beside them.
@@ -132,7 +132,7 @@ class Benchmark:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
     metric: str | dict[str, str] = "val_loss"
-    trial_seed: int = 100
+    trial_at: dict[str, Any] = field(default_factory=lambda: {"seed": 100})
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     title: str = ""
@@ -148,6 +148,9 @@ class Benchmark:
             _check_values(
                 where, named, {axis: [_Entry.read(axis, v).name for v in vs] for axis, vs in self.axes.items()}
             )
+        strange = [axis for axis in self.trial_at if axis not in self.axes and axis != "seed"]
+        if strange:
+            raise ValueError(f"Got trial_at with the axis {strange[0]!r}; there are {', '.join(self.axes)}.")
         unknown = set(self.budgets) - {EQUAL_STEPS, EQUAL_TIME}
         if unknown:
             raise ValueError(f"Got axes.{BUDGET} with {sorted(unknown)}; choose {EQUAL_STEPS!r} and {EQUAL_TIME!r}.")
@@ -203,6 +206,11 @@ class Benchmark:
         _check_twins(cells, self.kind)
         return cells
 
+    def _entry(self, axis: str, name: Any) -> _Entry:
+        """The entry of this name, or a plain one."""
+        entries = [_Entry.read(axis, value) for value in self.axes.get(axis, [])]
+        return next((entry for entry in entries if entry.name == name), _Entry(name, name))
+
     def _cell(self, entries: Mapping[str, _Entry], trial: dict[str, Any] | None = None) -> Cell:
         names = {axis: entry.stands_for for axis, entry in entries.items()}
         files = [*self.configs, *(path for entry in entries.values() for path in entry.configs)]
@@ -210,8 +218,8 @@ class Benchmark:
         for entry in entries.values():
             options |= entry.options
         tried = {} if trial is not None else {k: v for entry in entries.values() for k, v in entry.trials.items()}
-        fixed = {"seed": self.trial_seed, BUDGET: EQUAL_STEPS}
-        as_tried = {axis: _Entry(fixed[axis], fixed[axis]) if axis in fixed else e for axis, e in entries.items()}
+        fixed = {axis: self._entry(axis, value) for axis, value in {**self.trial_at, BUDGET: EQUAL_STEPS}.items()}
+        as_tried = {axis: fixed.get(axis, entry) for axis, entry in entries.items()}
         return Cell(
             {axis: entry.name for axis, entry in entries.items()},
             tuple(path for file in files if (path := _existing(file, names)) is not None),

@@ -195,7 +195,8 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
     if not rows:
         return []
     header = [*(axis for axis in benchmark.axes if axis not in ("seed", BUDGET)), "trial", "result"]
-    note = f"Tried out with the seed {benchmark.trial_seed}; the best of each is used above, for all seeds."
+    where = ", ".join(f"{axis} {value}" for axis, value in benchmark.trial_at.items() if axis in benchmark.axes)
+    note = f"Tried out with {where}; the best of each is used above, for all runs."
     return ["## Settings that were tried", f"{format_markdown(header, rows)}\n\n{note}"]
 
 
