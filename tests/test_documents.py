@@ -50,7 +50,12 @@ def readme_folder(tmp_path):
     """The YAML files of the README, and its commands."""
     for text in blocks("yaml"):
         (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.yaml", "reviews.yaml", "run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "memory.yaml",
+        "orders.yaml",
+        "reviews.yaml",
+        "run.yaml",
+    ]
     return tmp_path
 
 
@@ -77,7 +82,7 @@ def test_readme_commands_from_files_to_a_transformers_folder(readme_folder):
     (readme_folder / "reviews.csv").write_text("\n".join(["review,verdict", *rows, ""]))
     (readme_folder / "new_reviews.csv").write_text("review\ngood plot\nbad plot\n")
     ours = [line for line in readme_commands() if "run.yaml" not in line and "memory.yaml" not in line]
-    assert [line.split()[1] for line in ours] == ["fit", "predict", "export"]
+    assert [line.split()[1] for line in ours] == ["fit", "predict", "export", "bench", "bench"]
     for line in ours:
         result = run(line.split(), readme_folder)
         assert result.returncode == 0, result.stderr
@@ -85,6 +90,8 @@ def test_readme_commands_from_files_to_a_transformers_folder(readme_folder):
     assert [record["label"] in ("no", "yes") for record in records] == [True, True]
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(readme_folder / "reviewer")
     assert opened.config.id2label == {0: "no", 1: "yes"}
+    results = readme_folder / "benchmarks" / "orders.jsonl"
+    assert [json.loads(line)["status"] for line in results.read_text().splitlines()] == ["measured"] * 7
 
 
 def test_readme_make_targets_exist():

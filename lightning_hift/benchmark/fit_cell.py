@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from typing_extensions import override
 
 from lightning_hift.benchmark.kinds import Planned
 from lightning_hift.callback import find_callback
-from lightning_hift.cli import HiFTCLI, main
+from lightning_hift.cli import HiFTCLI
 from lightning_hift.trainer import HiFTTrainer
 
 _MORE_THAN_ANY = 10**6  # layer units
@@ -21,6 +24,18 @@ _QUIET = {
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
 }
+
+
+class BenchmarkCLI(HiFTCLI):
+    """Fits without writing checkpoints, whatever the configuration says."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        options = self.config.get(self.subcommand or "", self.config)["trainer"]
+        given = options["callbacks"] or []
+        listed = given if isinstance(given, list) else [given]
+        options["callbacks"] = [callback for callback in listed if not _writes_checkpoints(callback)]
 
 
 def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -33,7 +48,7 @@ def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dic
     """
     report = folder / "measures.json"
     measures = ["--trainer.callbacks+=lightning_hift.benchmark.RunMeasures", f"--trainer.callbacks.path={report}"]
-    main(["fit", *_arguments(configs, options, folder), *measures])
+    BenchmarkCLI(args=["fit", *_arguments(configs, options, folder), *measures])
     found: dict[str, Any] = json.loads(report.read_text())
     return found
 
@@ -41,7 +56,7 @@ def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dic
 def plan(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Planned:
     """Bytes at the peak, without a run."""
     arguments = _arguments(configs, {**options, "seed_everything": False}, folder)
-    cli = HiFTCLI(args=arguments, run=False)
+    cli = BenchmarkCLI(args=arguments, run=False)
     trainer, by_hift = cast(HiFTTrainer, cli.trainer), find_callback(cli.trainer) is not None
     full = {} if by_hift else {"group_size": _MORE_THAN_ANY, "offload": "none"}
     found = trainer.make_plan(cli.model, cli.datamodule, full, compare=False).forecast
@@ -52,6 +67,13 @@ def _arguments(configs: Sequence[str], options: Mapping[str, Any], folder: Path)
     settings = folder / "options.yaml"
     settings.write_text(yaml.safe_dump(_nested({**_QUIET, **options})))
     return [word for path in (*configs, str(settings)) for word in ("--config", path)]
+
+
+def _writes_checkpoints(callback: Any) -> bool:
+    if isinstance(callback, Callback):
+        return isinstance(callback, Checkpoint)
+    module, _, name = callback["class_path"].rpartition(".")
+    return issubclass(getattr(import_module(module), name), Checkpoint)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
