@@ -26,11 +26,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench-cpu: $(INSTALLED)
-	$(BIN)/python -m lightning_hift.benchmark.speed
+	$(BIN)/lightning-hift bench --config configs/benchmark/speed_cpu.yaml
 
-# Without a CUDA device it says so, and writes what is planned.
+# Without a CUDA device all rows are skipped, and the report has what is planned.
 bench-gpu: $(INSTALLED)
-	$(BIN)/python -m lightning_hift.benchmark.memory
+	$(BIN)/lightning-hift bench --config configs/benchmark/memory_gpu.yaml
 
 # The first line of each configuration is the command that plans it.
 plans: $(INSTALLED)

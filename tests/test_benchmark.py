@@ -1,142 +1,344 @@
-"""The benchmark of memory and speed: rows in processes of their own, records, tables."""
+"""Kinds of benchmarks with configurations of their own: speed on a CPU, memory on a GPU, the paper's arithmetic."""
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from lightning_hift.benchmark import memory, memory_plan
+from lightning_hift.benchmark import memory, memory_plan, memory_report, speed
+from lightning_hift.benchmark.command import main
+from lightning_hift.benchmark.kinds import KINDS, Skipped
+from lightning_hift.benchmark.matrix import load_benchmark
 from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
-from lightning_hift.benchmark.memory_report import format_report, latest_records, value_of, verdict
-from lightning_hift.benchmark.memory_rows import GIB, ROWS, Row, Target, tiny
+from lightning_hift.benchmark.memory_report import format_tables, value_of, verdict
+from lightning_hift.benchmark.memory_rows import GIB, ROWS, Row, Target, find_row
 from lightning_hift.benchmark.passport import make_passport
-from lightning_hift.benchmark.records import append_record
+from lightning_hift.benchmark.records import append_record, read_records
+from lightning_hift.benchmark.runner import SCHEMA, Runner
 from lightning_hift.planner.forecast import Setup
 
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs" / "benchmark"
 PASSPORT = {
     "device": "a card",
     "device_bytes": 80 * GIB,
     "driver": "1",
     "host_bytes_available": GIB,
+    "cores": 4,
     "versions": {"torch": "2"},
     "commit": "abc",
 }
 
 
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes one of ours with changes, and results in a temporary folder."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def write(name: str, axes: dict[str, Any] | None = None, **options: Any) -> str:
+        told = yaml.safe_load((CONFIGS / name).read_text())
+        told |= {"axes": told["axes"] | (axes or {}), "options": told["options"] | options, "threads": 1}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({**told, "output": str(tmp_path / path.stem)}, sort_keys=False))
+        return str(path)
+
+    return write
+
+
 def row(name: str) -> Row:
-    return tiny(next(row for row in ROWS if row.name == name))
+    return find_row(name, small=True)
 
 
 def record(name: str, **values: Any) -> dict[str, Any]:
     planned = plan_row(row(name), None)
-    return memory._complete(planned, {"status": "measured", "measured": values}, PASSPORT)
+    measured = {**values, "config": planned.config, "planned": planned.bytes}
+    return {"status": "measured", "measured": measured, "passport": PASSPORT}
+
+
+def recorded(path: str, outcomes: list[dict[str, Any]]) -> None:
+    """Add a record for each cell of a benchmark, as if it had been run."""
+    benchmark = load_benchmark(path)
+    for cell, outcome in zip(benchmark.cells(), outcomes, strict=True):
+        told = {"schema": SCHEMA, "cell": cell.values, "trial": None, "fingerprint": cell.fingerprint(benchmark.kind)}
+        append_record(Path(f"{benchmark.output}.jsonl"), {**told, "wall_seconds": 1.0, **outcome})
 
 
 def cells(table: str, name: str) -> list[str]:
     return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith(f"| {name} |")][0]  # noqa: RUF015
 
 
-def test_tiny_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    memory.main(["--tiny", "--rows", "llama3,speed-full,check-busy", "--output", str(tmp_path)])
-    records = latest_records(tmp_path / "memory_tiny.jsonl")
-    assert list(records) == ["llama3", "speed-full", "check-busy"]
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_describes_runs_of_a_known_kind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    benchmark = load_benchmark(path)
+    assert benchmark.kind in KINDS
+    assert benchmark.cells()
+    assert benchmark.output.startswith("examples/results/")
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text().splitlines()[0]
+
+
+def test_what_make_runs_is_there() -> None:
+    named = re.findall(r"configs/benchmark/\w+\.yaml", (ROOT / "Makefile").read_text())
+    assert [Path(path).stem for path in named] == ["speed_cpu", "memory_gpu"]
+    assert all((ROOT / path).is_file() for path in named)
+
+
+def test_the_configuration_of_memory_has_all_rows() -> None:
+    (names,) = load_benchmark(CONFIGS / "memory_gpu.yaml").axes.values()
+    assert sorted(names) == sorted(row.name for row in ROWS)
+
+
+def test_the_arithmetic_of_the_paper_runs(configured: Any, tmp_path: Path) -> None:
+    main(["--config", configured("paper_memory.yaml"), "--only", "model=LLaMA-7B"])
+    records = read_records(tmp_path / "paper_memory.jsonl")
+    assert {one["status"] for one in records} == {"measured"}
+    found = next(one for one in records if list(one["cell"].values())[1:] == ["AdamW", "Mixed^Hi", "HiFT"])["measured"]
+    assert found["parameters"] == 6_738_415_616
+    assert "13624.53" in (tmp_path / "paper_memory.md").read_text()
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def test_speed_from_end_to_end(configured: Any, tmp_path: Path) -> None:
+    path = configured("speed_cpu.yaml", axes={"round": [1]}, sweeps=2, tiny=True)
+    main(["--config", path, "--only", "variant=full,hift"])
+    records = read_records(tmp_path / "speed_cpu.jsonl")
+    assert [one["cell"]["variant"] for one in records] == ["full", "hift"]
+    for one in records:
+        assert one["status"] == "measured", one
+        measured = one["measured"]
+        assert (measured["steps"], measured["threads"], len(measured["seconds_by_place"])) == (6, 1, 3)
+        assert measured["seconds_per_step"] == pytest.approx(sum(measured["seconds_by_place"]) / 3)
+    text = (tmp_path / "speed_cpu.md").read_text()
+    assert cells(text, "full fine-tuning, plain Lightning")[2:] == ["1.00", "1"]
+    assert "batch 2 x 8; 1 threads; 2 sweeps of 3 steps" in text
+
+
+@pytest.mark.parametrize("variant", ["one_group", "by_hand"])
+def test_the_other_variants_run(variant: str, tmp_path: Path) -> None:
+    found = speed.run([], {"variant": variant, "sweeps": 1, "tiny": True}, tmp_path)
+    assert found["steps"] == 3
+    assert all(seconds > 0 for seconds in found["seconds_by_place"])
+
+
+def test_variants_of_a_round_follow_each_other() -> None:
+    found = [
+        (cell.values["round"], cell.values["variant"]) for cell in load_benchmark(CONFIGS / "speed_cpu.yaml").cells()
+    ]
+    assert found == [(i, name) for i in (1, 2, 3, 4) for name in speed.VARIANTS]
+
+
+def test_ratios_are_taken_within_a_round(configured: Any, tmp_path: Path) -> None:
+    path = configured("speed_cpu.yaml", axes={"round": [1, 2]}, tiny=True)
+    # The second round is slower for all; its loop by hand broke.
+    seconds = [2.0, 2.2, 1.0, 1.0, 8.0, 8.0, None, 5.0]
+    size = speed.TINY._asdict()
+    recorded(
+        path,
+        [
+            {"status": "failed", "reason": "it broke", "passport": PASSPORT}
+            if each is None
+            else {
+                "status": "measured",
+                "measured": {
+                    "seconds_per_step": each,
+                    "seconds_by_place": [each] * 3,
+                    "steps": 6,
+                    "threads": 1,
+                    "size": size,
+                },
+                "passport": PASSPORT,
+            }
+            for each in seconds
+        ],
+    )
+    main(["--config", path, "--report"])
+    text = (tmp_path / "speed_cpu.md").read_text()
+    assert cells(text, "full fine-tuning, plain Lightning")[1:] == ["5000", "1.00", "2"]
+    assert cells(text, "HiFT, lightning_hift")[1:] == ["3000", "1.80", "2"]  # of 2.0 and 1.6
+    assert cells(text, "HiFT, loop by hand")[1:] == ["1000", "2.00", "1"]
+    assert cells(text, "speed: HiFT against full fine-tuning")[1:] == ["at least 1.70", "1.80", "met"]
+    assert cells(text, "time per step: HiFT against the loop by hand")[1:] == ["at most +3 %", "+0.0 %", "met"]
+    assert cells(text, "time per step: one group against plain Lightning")[1:] == ["at most +3 %", "+5.0 %", "missed"]
+    assert "- failed: it broke: 2 by_hand" in text
+
+
+def test_the_fastest_step_at_each_place_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train(size: speed.Size, batches: Any) -> list[float]:
+        # Five steps of warm-up, then places 2, 0, 1, 2, 0, 1.
+        assert len(batches) == 11
+        return [0.0] * 5 + [3.0, 10.0, 20.0, 30.0, 1.0, 2.0]
+
+    monkeypatch.setitem(speed.VARIANTS, "full", speed.Variant("x", train))
+    found = speed.run([], {"variant": "full", "tiny": True}, tmp_path)
+    assert found["seconds_by_place"] == [1.0, 2.0, 3.0]
+    assert found["seconds_per_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "fast"}, "variant='fast'; choose one of full, one_group, by_hand, hift"),
+        ({"variant": "full", "sweeps": 0}, "sweeps=0; it must be a whole number of at least 1"),
+        ({"variant": "full", "sweep": 1}, "options sweep; there are variant, round, sweeps, tiny"),
+    ],
+)
+def test_bad_options_of_speed(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        speed.run([], options, tmp_path)
+
+
+# --- memory: runs -----------------------------------------------------------------------------------------------------
+
+
+def test_tiny_run_from_end_to_end(configured: Any, tmp_path: Path) -> None:
+    chosen = ["llama3", "speed-full", "check-busy", "cap-48-fp32"]
+    path = configured("memory_gpu.yaml", axes={"row": [*chosen, "split"]}, tiny=True)
+    main(["--config", path, "--only", f"row={','.join(chosen)}"])
+    records = {one["cell"]["row"]: one for one in read_records(tmp_path / "memory_gpu.jsonl")}
+    assert list(records) == chosen
     assert {one["status"] for one in records.values()} == {"measured"}, records
-    hift, full, check = (records[name]["measured"] for name in records)
+    hift, full, check, largest = (records[name]["measured"] for name in records)
     assert hift["steps"] == 5  # embedding, three blocks, head
     # Each slice of a sliced parameter has a step counter of its own, which the planner leaves out.
-    assert 0 <= hift["host_exact"] - records["llama3"]["planned"]["host"] < 100
+    assert 0 <= hift["host_exact"] - hift["planned"]["host"] < 100
     assert hift["tokens_per_second"] == pytest.approx(32 / hift["seconds_per_step"])
-    assert 5 < hift["loss"] < 8  # near ln 512: nothing was learnt, nothing blew up
-    assert 5 < full["loss"] < 8
+    for trained in (hift, full, largest):
+        assert 5 < trained["loss"] < 8  # near ln 512: nothing was learnt, nothing blew up
+    assert largest["config"]["setup"]["batch_size"] == 2
     if not torch.cuda.is_available():
         assert check["differing"] == 0
-    table = (tmp_path / "memory_tiny.md").read_text()
+    table = (tmp_path / "memory_gpu.md").read_text()
     assert cells(table, "llama3")[15] == "measured"
     assert cells(table, "split")[15] == "not measured"
     assert "check-busy | elements that differ | at most 0 | - | 0 | met" in table
-    assert "llama3: measured" in capsys.readouterr().out
 
 
-def test_a_failing_row_is_a_row(tmp_path: Path) -> None:
-    planned = plan_row(row("split"), None)
-    too_small = replace(planned, row=replace(planned.row, setup=replace(planned.row.setup, activation_budget=1)))
-    result = memory._start_child(too_small, max_steps=1, timeout=300)
-    assert result["status"] == "failed"
-    assert "ValueError: Got activation_budget=1 (1 B)" in result["reason"]
-
-    complete = memory._complete(too_small, result, PASSPORT)
-    table = format_report([too_small], {"split": complete}, "x")
+def test_a_failing_row_is_a_row(configured: Any, tmp_path: Path) -> None:
+    path = configured("memory_gpu.yaml", axes={"row": ["split"]}, tiny=True, max_step=1)
+    main(["--config", path])
+    table = (tmp_path / "memory_gpu.md").read_text()
     assert cells(table, "split")[15] == "failed"
-    assert "- split: failed: ValueError" in table
+    assert "- failed: ValueError: Got options max_step; there are row, tiny, max_steps" in table
 
 
-def test_a_killed_process_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
-    result = memory._start_child(plan_row(row("split"), None), None, timeout=60)
-    assert result == {"status": "failed", "reason": "the process ended with code 1: no message"}
+def outcomes(monkeypatch: pytest.MonkeyPatch, *statuses: str) -> list[int]:
+    """Runs in processes of their own come out like that; returns their batch sizes."""
+    tried: list[int] = []
+
+    def start(options: dict[str, Any]) -> dict[str, Any]:
+        tried.append(options["batch_size"])
+        return {"status": statuses[len(tried) - 1], "reason": "too bad", "measured": {"allocated": 1}}
+
+    monkeypatch.setattr(memory, "_start", start)
+    return tried
 
 
-def test_slow_rows_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = memory._start_child(plan_row(row("split"), None), None, timeout=0.01)
-    assert result == {"status": "failed", "reason": "took more than 0.01 seconds"}
+LARGEST = {"row": "cap-48-fp32", "tiny": True}
 
 
-def test_the_largest_batch_is_searched_downwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-
-    def start(planned: PlannedRow, *_: Any) -> dict[str, Any]:
-        tried.append(planned.row.setup.batch_size)
-        fits = planned.row.setup.batch_size <= 1
-        return {"status": "measured", "measured": {}} if fits else {"status": "failed", "reason": "out of memory: x"}
-
-    monkeypatch.setattr(memory, "_start_child", start)
-    options = memory._parser().parse_args([])
-    planned, result = memory._measure(plan_row(row("cap-48-fp32"), None), options)
+def test_the_largest_batch_is_searched_downwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried = outcomes(monkeypatch, "out of memory", "measured")
+    assert memory.run([], LARGEST, tmp_path) == {"allocated": 1}
     assert tried == [2, 1]
-    assert (planned.row.setup.batch_size, result["status"]) == (1, "measured")
 
 
-def test_dry_run_lists_the_rows_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    memory.main(["--tiny", "--dry-run", "--output", str(tmp_path)])
-    table = capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("statuses", "error", "message"),
+    [
+        (["out of memory", "out of memory"], torch.OutOfMemoryError, "with a batch of 1: too bad"),
+        (["out of memory", "failed"], RuntimeError, "with a batch of 1: too bad"),
+        (["skipped"], Skipped, "too bad"),
+    ],
+)
+def test_a_search_that_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: list[str], error: type[Exception], message: str
+) -> None:
+    tried = outcomes(monkeypatch, *statuses)
+    with pytest.raises(error, match=message):
+        memory.run([], LARGEST, tmp_path)
+    assert len(tried) == len(statuses)
+
+
+def test_a_batch_whose_process_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="with a batch of 2: the process ended with code 1"):
+        memory.run([], LARGEST, tmp_path)
+
+
+def test_a_dry_run_shows_what_is_planned(configured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = configured("memory_gpu.yaml", tiny=True)
+    main(["--config", path, "--dry-run"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:] if line}
     for one in ROWS:
-        assert cells(table, one.name)
-    assert cells(table, "split")[5].endswith("iB")  # planned
-    assert not list(tmp_path.iterdir())
+        assert ("iB" in lines[one.name]) == (one.kind in ("hift", "full"))
+    assert [each.name for each in tmp_path.iterdir()] == ["memory_gpu.yaml"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_rows_are_not_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "ROWS", tuple(tiny(one) for one in ROWS))  # planning the real ones takes a minute
-    memory.main(["--output", str(tmp_path)])
-    assert "There is no CUDA device here: all rows are written as not measured." in capsys.readouterr().out
-    records = latest_records(tmp_path / "memory_gpu.jsonl")
-    assert {one["status"] for one in records.values()} == {"not measured"}
-    assert len(records) == len(ROWS)
-    assert "not measured: no CUDA device was at hand" in (tmp_path / "memory_gpu.md").read_text()
+def test_without_a_gpu_rows_are_skipped(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_report, "find_row", lambda name, small: row(name))  # planning real ones takes a minute
+    main(["--config", configured("memory_gpu.yaml", axes={"row": ["split"]})])
+    (found,) = read_records(tmp_path / "memory_gpu.jsonl")
+    assert (found["status"], found["reason"]) == ("skipped", "there is no CUDA device")
+    table = (tmp_path / "memory_gpu.md").read_text()
+    assert cells(table, "split")[5].endswith("iB")  # planned
+    assert "- skipped: there is no CUDA device: split" in table
 
 
-def test_unknown_rows_are_refused() -> None:
-    with pytest.raises(SystemExit, match="Got --rows with fp23; there are fp32, full-masters"):
-        memory.main(["--tiny", "--rows", "fp32,fp23"])
+def test_unknown_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Got row='fp23'; choose one of fp32, full-masters"):
+        memory.run([], {"row": "fp23"}, tmp_path)
 
 
-def test_the_last_record_of_a_row_counts_unless_it_was_not_measured(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    append_record(path, record("split", reserved=1))
-    append_record(path, record("fp32", reserved=2))
-    append_record(path, record("split", reserved=3))
-    append_record(path, {**record("fp32"), "status": "not measured"})
-    found = latest_records(path)
-    assert {name: one["measured"]["reserved"] for name, one in found.items()} == {"split": 3, "fp32": 2}
-    assert all(json.loads(line) for line in path.read_text().splitlines())
+# --- memory: the report -----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_were_skipped_elsewhere_hide_nothing(configured: Any, tmp_path: Path) -> None:
+    path = configured("memory_gpu.yaml", axes={"row": ["split", "llama3"]}, tiny=True)
+    skipped = {
+        "status": "skipped",
+        "reason": "no device",
+        "passport": {**PASSPORT, "device": "CPU, x", "device_bytes": None},
+    }
+    recorded(path, [record("split", reserved=3 * GIB, planner_error=0.01), {**skipped, "passport": PASSPORT}])
+    recorded(path, [skipped, skipped])
+    main(["--config", path, "--report"])
+    table = (tmp_path / "memory_gpu.md").read_text()
+    assert [cells(table, name)[15] for name in ("split", "llama3")] == ["measured", "skipped"]
+    assert cells(table, "split")[7] == "3.00 GiB"
+    assert "CPU, x" not in table
+
+
+def test_what_was_measured_is_known_whatever_came_later(configured: Any, tmp_path: Path) -> None:
+    path = configured("memory_gpu.yaml", axes={"row": ["split"]}, tiny=True)
+    for outcome in (record("split", reserved=1), record("split", reserved=2)):
+        recorded(path, [outcome])
+    recorded(path, [{"status": "failed", "reason": "no", "passport": PASSPORT}])
+    benchmark = load_benchmark(path)
+    found = Runner(benchmark, tmp_path / "memory_gpu.jsonl").known(benchmark.cells(), "a card")
+    assert [one["measured"]["reserved"] for one in found.values()] == [2]
+
+
+def test_a_row_is_shown_as_it_was_measured(configured: Any, tmp_path: Path) -> None:
+    path = configured("memory_gpu.yaml", axes={"row": ["speed-full"]}, tiny=True)
+    outcome = record("speed-full", allocated=GIB)
+    outcome["measured"]["config"] |= {"layers": 2}
+    outcome["measured"]["config"]["setup"] |= {"batch_size": 7}
+    recorded(path, [outcome])
+    main(["--config", path, "--report"])
+    row_of_it = cells((tmp_path / "memory_gpu.md").read_text(), "speed-full")
+    assert row_of_it[1:3] == ["tiny, 2 layers", "7 x 16"]
 
 
 @pytest.mark.parametrize(
@@ -154,15 +356,13 @@ def test_verdicts(target: Target, value: float | None, expected: str) -> None:
     assert verdict(target, value) == expected
 
 
-def test_speeds_are_compared_on_the_same_device_and_model_only() -> None:
+def test_speeds_are_compared_on_the_same_model_only() -> None:
     target = Target("speed_over:speed-full", 1.85, True, "x")
     hift, full = record("speed-hift", tokens_per_second=20.0), record("speed-full", tokens_per_second=10.0)
     assert value_of(target, hift, {"speed-full": full}) == 2
     assert value_of(target, hift, {}) is None
-    other_device = {**full, "passport": {**PASSPORT, "device": "another card"}}
-    assert value_of(target, hift, {"speed-full": other_device}) is None
-    fewer_layers = {**full, "config": {**full["config"], "layers": 2}}
-    assert value_of(target, hift, {"speed-full": fewer_layers}) is None
+    full["measured"]["config"]["layers"] = 2
+    assert value_of(target, hift, {"speed-full": full}) is None
 
 
 def test_the_planner_must_be_right_on_six_rows() -> None:
@@ -171,12 +371,10 @@ def test_the_planner_must_be_right_on_six_rows() -> None:
 
     def last_line(errors: list[float]) -> str:
         records = {
-            planned.row.name: memory._complete(
-                planned, {"status": "measured", "measured": {"planner_error": e}}, PASSPORT
-            )
+            planned.row.name: {"status": "measured", "measured": {"planner_error": e}}
             for planned, e in zip(rows, errors, strict=False)
         }
-        return " | ".join(cells(format_report(rows, records, "x"), "all")[4:])
+        return " | ".join(cells(format_tables(rows, records)[-1], "all")[4:])
 
     assert last_line([]) == "- | not measured"
     assert last_line([0.01] * 5 + [0.2]) == "5 of 6 | missed"

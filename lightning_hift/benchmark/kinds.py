@@ -45,6 +45,8 @@ class Skipped(Exception):
 
 KINDS = {
     "fit": Kind(f"{_HERE}.fit_cell:run", plan=f"{_HERE}.fit_cell:plan"),
+    "speed": Kind(f"{_HERE}.speed:run", f"{_HERE}.speed:write_report"),
+    "memory": Kind(f"{_HERE}.memory:run", f"{_HERE}.memory_report:write_report", plan=f"{_HERE}.memory:plan"),
     "paper_memory": Kind(f"{_HERE}.paper_memory:run", f"{_HERE}.paper_memory:write_report", apart=False),
 }
 
@@ -81,6 +83,16 @@ def plan_function(kind: str) -> Plan | None:
     """The function that plans a run, if there is one."""
     place = kind_of(kind).plan
     return None if place is None else _load(place)
+
+
+def check_options(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """For a ``Run`` that does not read its options with a command line's parser.
+
+    Raises:
+        ValueError: An option is unknown.
+    """
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"Got options {', '.join(unknown)}; there are {', '.join(known)}.")
 
 
 def _load(place: str) -> Any:

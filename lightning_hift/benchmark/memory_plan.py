@@ -39,6 +39,12 @@ class PlannedRow:
         """Bytes of tensors at the peak."""
         return None if self.device is None else self.device - CONTEXT_BYTES
 
+    @property
+    def bytes(self) -> dict[str, int | None]:
+        """All that is planned, for the record."""
+        return {"allocated": self.allocated, "device": self.device, "host": self.host}
+
+    @property
     def config(self) -> dict[str, Any]:
         """For the record."""
         found = asdict(self.row)

@@ -1,14 +1,17 @@
-"""The records of many runs as tables in Markdown: what was measured, and which targets were met."""
+"""The report of the kind ``"memory"``: planned beside measured, which targets were met, and what was left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lightning_hift.benchmark.memory_plan import PlannedRow
-from lightning_hift.benchmark.memory_rows import GIB, Target
-from lightning_hift.benchmark.records import Record, read_records
+from lightning_hift.benchmark.cell_process import MEASURED
+from lightning_hift.benchmark.matrix import Benchmark, Cell
+from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
+from lightning_hift.benchmark.memory_rows import GIB, Target, find_row
+from lightning_hift.benchmark.records import Record
+from lightning_hift.benchmark.report import measured_on, missing_runs, write_csv
 from lightning_hift.memory import CONTEXT_BYTES
 from lightning_hift.table import format_bytes, format_markdown
 
@@ -22,20 +25,49 @@ _LABELS = {
     "differing": "elements that differ",
 }
 NOT_MEASURED = "not measured"
+_NOTE = (
+    "Each row ran in a process of its own, with random weights of the published configuration. Peaks are those of the"
+    " whole run, times are means of a sweep after a sweep of warm-up. Device in use is what the driver counts, whoever"
+    " uses it. torch's allocator had expandable segments. The planner takes the driver and the CUDA context to hold"
+    f" {format_bytes(CONTEXT_BYTES)} besides, which its numbers in the second table contain. Host: the arena of state"
+    " and masters."
+)
 
 
-def latest_records(path: Path) -> dict[str, Record]:
-    """The last record of each row; a row that was not measured this time does not hide one that was.
+def write_report(
+    benchmark: Benchmark, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]
+) -> list[Path]:
+    """All tables, and all values in CSV. Devices on which nothing was measured are left out if there are others."""
+    markdown, table = Path(f"{benchmark.output}.md"), Path(f"{benchmark.output}.csv")
+    measured = {device: found for device, found in by_device.items() if any(map(_was_measured, found.values()))}
+    parts = [f"# {benchmark.title or 'Memory'}", benchmark.about.strip()]
+    shown: Mapping[str, Mapping[str, Record]] = measured or by_device or {"": {}}
+    for device, records in shown.items():
+        if len(shown) > 1:
+            parts.append(f"## On {device}")
+        rows = [_as_recorded(cell, records.get(cell.key)) for cell in cells]
+        by_row = {p.row.name: records[c.key] for c, p in zip(cells, rows, strict=True) if c.key in records}
+        parts += [*format_tables(rows, by_row), *missing_runs(cells, records), *measured_on(records)]
+    markdown.write_text("\n\n".join(part for part in [*parts, _NOTE] if part) + "\n")
+    write_csv(table, cells, by_device)
+    return [markdown, table]
 
-    Each has ``row``, ``config``, ``planned``, ``status`` ("measured", "failed", "skipped", "not measured"), ``reason``,
-    ``measured``, ``passport``.
-    """
-    found: dict[str, Record] = {}
-    for record in read_records(path):
-        if record["status"] == NOT_MEASURED and record["row"] in found:
-            continue
-        found[record["row"]] = record
-    return found
+
+def _was_measured(record: Record) -> bool:
+    return bool(record["status"] == MEASURED)
+
+
+def _as_recorded(cell: Cell, record: Record | None) -> PlannedRow:
+    """A row as it was when it was measured; otherwise as it would be run now."""
+    row = find_row(cell.options.get("row", ""), bool(cell.options.get("tiny")))
+    if record is None or not _was_measured(record):
+        return plan_row(row, None if record is None else record["passport"]["device_bytes"])
+    config, planned = record["measured"]["config"], record["measured"]["planned"]
+    row = replace(row, setup=replace(row.setup, **config["setup"]))
+    return PlannedRow(row, config["layers"], planned["device"], planned["host"])
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 def value_of(target: Target, record: Record, records: Mapping[str, Record]) -> float | None:
@@ -50,11 +82,9 @@ def value_of(target: Target, record: Record, records: Mapping[str, Record]) -> f
 
 
 def _comparable(record: Record, other: Record) -> bool:
-    def key(one: Record) -> tuple[Any, ...]:
-        return one["passport"]["device"], one["config"]["model"], one["config"]["layers"]
-
-    both = (record, other)
-    return all("tokens_per_second" in one.get("measured", {}) for one in both) and key(record) == key(other)
+    both = [one.get("measured", {}) for one in (record, other)]
+    models = [(one["config"]["model"], one["config"]["layers"]) for one in both if "tokens_per_second" in one]
+    return len(models) == 2 and models[0] == models[1]
 
 
 def verdict(target: Target, value: float | None) -> str:
@@ -66,13 +96,18 @@ def verdict(target: Target, value: float | None) -> str:
     return "met" if abs(value) <= target.limit else "missed"
 
 
-def format_report(rows: Sequence[PlannedRow], records: Mapping[str, Record], heading: str) -> str:
-    """All tables, with passports below."""
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def format_tables(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -> list[str]:
+    """What was measured, and the targets.
+
+    Args:
+        rows: In the order in which they are shown.
+        records: Of one device, by name of the row.
+    """
     trained = [planned for planned in rows if planned.row.kind != "check"]
-    parts = [f"# {heading}", _measured_table(trained, records), "## Targets", _target_table(rows, records)]
-    parts += _reasons(records)
-    parts += ["## Measured on", *_passports(records)]
-    return "\n\n".join(parts) + "\n"
+    return [_measured_table(trained, records), "## Targets", _target_table(rows, records)]
 
 
 def _measured_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -> str:
@@ -178,35 +213,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _result(record: Record) -> str:
     return str(record.get("status", NOT_MEASURED))
-
-
-def _reasons(records: Mapping[str, Record]) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for name, record in records.items():
-        if record.get("reason"):
-            found.setdefault(f"{record['status']}: {record['reason']}", []).append(name)
-    if not found:
-        return []
-    return ["## Not measured, and why", "\n".join(f"- {', '.join(names)}: {why}" for why, names in found.items())]
-
-
-def _passports(records: Mapping[str, Record]) -> Iterable[str]:
-    yield (
-        "Each row ran in a process of its own, with random weights of the published configuration. Peaks are those of"
-        " the whole run, times are means of a sweep after a sweep of warm-up. Device in use is what the driver counts,"
-        " whoever uses it. torch's allocator had expandable segments. The planner takes the driver and the CUDA context"
-        f" to hold {_size(CONTEXT_BYTES)} besides, which its numbers in the second table contain."
-        " Host: the arena of state and masters."
-    )
-    found: dict[str, list[str]] = {}
-    for name, record in records.items():
-        found.setdefault(_passport_line(record), []).append(name)
-    yield "\n".join(f"- {', '.join(names)}: {line}" for line, names in found.items()) or "- nothing yet"
-
-
-def _passport_line(record: Record) -> str:
-    passport = record["passport"]
-    packages = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
-    driver = f", driver {passport['driver']}" if passport["driver"] else ""
-    host = _size(passport["host_bytes_available"])
-    return f"{passport['device']}{driver}; {host} of host memory free; {packages}; commit {passport['commit']}"

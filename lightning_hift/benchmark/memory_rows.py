@@ -1,4 +1,4 @@
-"""The configurations that ``benchmark.memory`` measures, their targets, and what others have published."""
+"""The rows that the kind ``"memory"`` measures, their targets, and what others have published."""
 
 from __future__ import annotations
 
@@ -224,3 +224,15 @@ def tiny(row: Row) -> Row:
         setup = replace(setup, max_group_numel=2**14)
     budget_for = None if row.budget_for is None else 1  # nothing fits: the smallest budget
     return replace(row, model="tiny", setup=setup, budget_for=budget_for, cap=None, targets=(), published="")
+
+
+def find_row(name: str, small: bool = False) -> Row:
+    """A row by its name; with ``small``, as ``tiny`` has it.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    found = {row.name: row for row in ROWS}.get(name)
+    if found is None:
+        raise ValueError(f"Got row={name!r}; choose one of {', '.join(row.name for row in ROWS)}.")
+    return tiny(found) if small else found

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_hift.benchmark.correctness import compare_weights
+from lightning_hift.benchmark.kinds import Skipped
 from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import MODELS
 from lightning_hift.callback import HiFTCallback
@@ -25,10 +26,6 @@ from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks import CausalLM
 
 _REFERENCE_WARM_UP, _REFERENCE_STEPS = 3, 10
-
-
-class Skipped(Exception):
-    """The row cannot be measured here; the message says why."""
 
 
 def run_row(planned: PlannedRow, device: torch.device, max_steps: int | None = None) -> dict[str, Any]:

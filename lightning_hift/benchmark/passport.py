@@ -26,11 +26,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_bytes() -> int | None:
+    """Memory of the CUDA device; ``None``: there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
 def make_passport() -> dict[str, object]:
     """Device, driver, host memory, versions and commit; with ``None`` for what cannot be found out."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "device_bytes": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
+        "device_bytes": device_bytes(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "host_bytes_available": available_host_memory(),

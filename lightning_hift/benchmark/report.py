@@ -91,8 +91,8 @@ def _sections(
         *picture("memory by active group"),
         *picture("speed against memory"),
         *_trials(benchmark, cells, records),
-        *_missing(cells, records),
-        *_measured_on(records),
+        *missing_runs(cells, records),
+        *measured_on(records),
     ]
 
 
@@ -200,7 +200,8 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
     return ["## Settings that were tried", f"{format_markdown(header, rows)}\n\n{note}"]
 
 
-def _missing(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
+def missing_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
+    """A section with those that were not measured, by reason; empty if there are none."""
     found: dict[str, list[str]] = {}
     for cell in cells:
         record = records.get(cell.key)
@@ -217,7 +218,8 @@ def _missing(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
     return ["## Not measured, and why", "\n".join(lines)]
 
 
-def _measured_on(records: Mapping[str, Record]) -> list[str]:
+def measured_on(records: Mapping[str, Record]) -> list[str]:
+    """A section with what the runs were measured on; empty if there are none."""
     found: dict[str, int] = {}
     for record in records.values():
         line = passport_line(record)

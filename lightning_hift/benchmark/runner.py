@@ -64,11 +64,14 @@ class Runner:
     def known(self, cells: Iterable[Cell], device: str | None = None) -> dict[str, Record]:
         """The last record of each cell that was run just as it is described now, by ``Cell.key``.
 
+        One that was not measured does not hide one that was, as when the records of two machines are merged.
+
         Args:
             cells: In an order in which those that others depend on come first.
             device: Where they were run; default: the device of this process.
         """
         here = [r for r in self._all if r["passport"]["device"] == (device or self._device)]
+        here.sort(key=lambda record: record["status"] == MEASURED)
         by_run = {(json.dumps([r["cell"], r["trial"]], sort_keys=True), r["fingerprint"]): r for r in here}
         found: dict[str, Record] = {}
         for cell in cells:  # those that others depend on come first

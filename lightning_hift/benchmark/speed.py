@@ -1,48 +1,63 @@
-"""Seconds per step of HiFT against full fine-tuning and against a loop written by hand, paired in one run.
+"""The kind ``"speed"``: seconds per step of HiFT, of full fine-tuning, and of a loop written by hand, on the CPU.
 
-``python -m lightning_hift.benchmark.speed`` trains a randomly initialised BERT of MiniLM's shape (6 layers, hidden size
-384, vocabulary 30522) on random tokens. Each round runs all variants one after the other for two sweeps of steps, so
-that whatever else the machine does falls on all of them; ratios are taken within a round.
+A cell trains a randomly initialised BERT of MiniLM's shape (6 layers, hidden size 384, vocabulary 30522) on random
+tokens. Its options are ``variant`` (see ``VARIANTS``) and ``round``; and, as one likes, ``sweeps`` (how many to
+measure; default: 2) and ``tiny`` (a tiny model: it proves the program, not the targets). The variants of one round
+follow each other, so that whatever else the machine does falls on all of them; ratios are taken within a round.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import platform
-import statistics
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_hift.benchmark.passport import versions
+from lightning_hift.benchmark.cell_process import MEASURED
+from lightning_hift.benchmark.kinds import check_options
+from lightning_hift.benchmark.matrix import Benchmark, Cell
+from lightning_hift.benchmark.records import Record
+from lightning_hift.benchmark.report import measured_on, missing_runs, write_csv
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.grouping import find_layer_units
-from lightning_hift.table import format_table
+from lightning_hift.table import format_markdown
 
-BATCH_SIZE, SEQUENCE_LENGTH, VOCABULARY, CLASSES = 32, 64, 30522, 6
-WARM_UP_STEPS = 2
+Batches = Sequence[tuple[Tensor, Tensor]]
+CLASSES = 6
+WARM_UP_STEPS = 2  # before a whole sweep of warm-up, which allocates gradients and state
 
 
-def build_model() -> nn.Module:
+class Size(NamedTuple):
+    """Of the model and of its batches."""
+
+    layers: int = 6
+    hidden: int = 384
+    vocabulary: int = 30522
+    batch: int = 32
+    length: int = 64
+
+
+SIZE, TINY = Size(), Size(layers=1, hidden=32, vocabulary=64, batch=2, length=8)
+
+
+def build_model(size: Size) -> nn.Module:
     """A BERT classifier of MiniLM's shape with random weights; no dropout, so that all variants do the same work."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        intermediate_size=4 * size.hidden,
         num_labels=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -50,13 +65,13 @@ def build_model() -> nn.Module:
     return BertForSequenceClassification(config)  # type: ignore[no-any-return]
 
 
-def make_batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    """``count`` batches of tokens, shape (32, 64), and labels, shape (32,)."""
+def make_batches(size: Size, count: int) -> Batches:
+    """``count`` batches of tokens, shape (batch, length), and labels, shape (batch,)."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            torch.randint(VOCABULARY, (BATCH_SIZE, SEQUENCE_LENGTH), generator=generator),
-            torch.randint(CLASSES, (BATCH_SIZE,), generator=generator),
+            torch.randint(size.vocabulary, (size.batch, size.length), generator=generator),
+            torch.randint(CLASSES, (size.batch,), generator=generator),
         )
         for _ in range(count)
     ]
@@ -65,9 +80,9 @@ def make_batches(count: int) -> list[tuple[Tensor, Tensor]]:
 class Classifier(pl.LightningModule):
     """The model in plain Lightning."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.model = build_model()
+        self.model = build_model(size)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.model(input_ids=batch[0], labels=batch[1]).loss  # type: ignore[no-any-return]
@@ -89,7 +104,7 @@ class StepTimes(pl.Callback):
         self.times.append(time.perf_counter())
 
 
-def run_lightning(batches: Sequence[tuple[Tensor, Tensor]], callbacks: Sequence[pl.Callback] = ()) -> list[float]:
+def train_with_lightning(size: Size, batches: Batches, callbacks: Sequence[pl.Callback] = ()) -> list[float]:
     """Seconds of each step in a Trainer, from the beginning of one batch to that of the next."""
     times = StepTimes()
     trainer = pl.Trainer(
@@ -102,13 +117,13 @@ def run_lightning(batches: Sequence[tuple[Tensor, Tensor]], callbacks: Sequence[
         enable_model_summary=False,
         callbacks=[*callbacks, times],
     )
-    trainer.fit(Classifier(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(Classifier(size), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return [after - before for before, after in pairwise(times.times)]
 
 
-def run_by_hand(batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+def train_by_hand(size: Size, batches: Batches) -> list[float]:
     """Seconds of each step in a plain loop with one AdamW per group, written for this model alone."""
-    model = build_model()
+    model = build_model(size)
     model.train()
     groups = [list(unit.parameters.values()) for unit in find_layer_units(model)]
     optimizers = [torch.optim.AdamW(group, lr=1e-5) for group in groups]
@@ -125,85 +140,133 @@ def run_by_hand(batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     return [after - before for before, after in pairwise(times)]
 
 
-VARIANTS: dict[str, Callable[[Sequence[tuple[Tensor, Tensor]]], list[float]]] = {
-    "full fine-tuning, plain Lightning": run_lightning,
-    "one group, lightning_hift": lambda batches: run_lightning(batches, [HiFTCallback(group_size=100)]),
-    "HiFT, loop by hand": run_by_hand,
-    "HiFT, lightning_hift": lambda batches: run_lightning(batches, [HiFTCallback()]),
+class Variant(NamedTuple):
+    """A way to train.
+
+    Args:
+        what: For the reader.
+        train: Takes the size of the model and the batches; returns seconds of each step.
+    """
+
+    what: str
+    train: Callable[[Size, Batches], list[float]]
+
+
+FULL, ONE_GROUP, BY_HAND, HIFT = "full", "one_group", "by_hand", "hift"
+VARIANTS = {
+    FULL: Variant("full fine-tuning, plain Lightning", train_with_lightning),
+    ONE_GROUP: Variant(
+        "one group, lightning_hift",
+        lambda size, batches: train_with_lightning(size, batches, [HiFTCallback(group_size=100)]),
+    ),
+    BY_HAND: Variant("HiFT, loop by hand", train_by_hand),
+    HIFT: Variant("HiFT, lightning_hift", lambda size, batches: train_with_lightning(size, batches, [HiFTCallback()])),
 }
-FULL, ONE_GROUP, BY_HAND, HIFT = VARIANTS
 
 
-def measure(rounds: int, sweeps: int = 2) -> dict[str, list[list[float]]]:
-    """Seconds of each step, by variant and round, for whole sweeps. The order of the variants rotates."""
-    length = len(find_layer_units(build_model()))
-    # The steps before the last whole sweeps are warm-up: they allocate gradients and state.
-    batches = make_batches(WARM_UP_STEPS + (sweeps + 1) * length)
-    results: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            times = VARIANTS[name](batches)[-sweeps * length :]
-            results[name].append(times)
-            print(f"round {i + 1}/{rounds}  {name}: {1000 * statistics.mean(times):.0f} ms per step", flush=True)
-    return {name: [_by_place(times, length) for times in runs] for name, runs in results.items()}
+def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Seconds per step over whole sweeps: the mean, and by place in the sweep.
+
+    Of the steps at each place the fastest counts: what else the machine did only ever adds to a time.
+
+    Raises:
+        ValueError: An option is unknown, or cannot be.
+    """
+    check_options(options, ("variant", "round", "sweeps", "tiny"))
+    variant, sweeps = options.get("variant"), options.get("sweeps", 2)
+    if variant not in VARIANTS:
+        raise ValueError(f"Got variant={variant!r}; choose one of {', '.join(VARIANTS)}.")
+    if not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"Got sweeps={sweeps!r}; it must be a whole number of at least 1.")
+    size = TINY if options.get("tiny") else SIZE
+    places = len(find_layer_units(build_model(size)))
+    warm_up = WARM_UP_STEPS + places
+    times = VARIANTS[variant].train(size, make_batches(size, warm_up + sweeps * places))
+    measured = list(enumerate(times))[warm_up:]
+    by_place = [min(seconds for step, seconds in measured if step % places == place) for place in range(places)]
+    return {
+        "seconds_per_step": mean(by_place),
+        "seconds_by_place": by_place,
+        "steps": len(measured),
+        "threads": torch.get_num_threads(),
+        "size": size._asdict(),
+    }
 
 
-def _by_place(times: list[float], length: int) -> list[float]:
-    """The fastest of the steps at each place in the sweep: what else the machine did only ever adds to a time."""
-    return [min(times[place::length]) for place in range(length)]
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[str, list[list[float]]]) -> str:
-    """A table of mean seconds per step over a sweep (medians over the rounds), and ratios within rounds (medians)."""
-    means = {name: [statistics.mean(places) for places in runs] for name, runs in results.items()}
+def write_report(
+    benchmark: Benchmark, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]
+) -> list[Path]:
+    """Milliseconds and speeds by variant, the targets, and all values in CSV."""
+    markdown, table = Path(f"{benchmark.output}.md"), Path(f"{benchmark.output}.csv")
+    parts = [f"# {benchmark.title or 'Seconds per step'}", benchmark.about.strip()]
+    for device, records in by_device.items():
+        heading = [f"## On {device}"] if len(by_device) > 1 else []
+        parts += [*heading, *_sections(cells, records), *missing_runs(cells, records), *measured_on(records)]
+    markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_csv(table, cells, by_device)
+    return [markdown, table]
 
-    def ratio(above: str, below: str) -> float:
-        return statistics.median(a / b for a, b in zip(means[above], means[below], strict=True))
+
+def _sections(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
+    times: dict[str, dict[Any, float]] = {name: {} for name in VARIANTS}
+    told: dict[str, None] = {}
+    for cell in cells:
+        if (record := records.get(cell.key)) is not None and record["status"] == MEASURED:
+            measured = record["measured"]
+            times[cell.options["variant"]][cell.options.get("round")] = measured["seconds_per_step"]
+            told[_setting(measured)] = None
+
+    def ratio(above: str, below: str) -> float | None:
+        """The median over rounds in which both were measured."""
+        found = [seconds / times[below][i] for i, seconds in times[above].items() if i in times[below]]
+        return median(found) if found else None
 
     rows = [
-        [name, f"{1000 * statistics.median(times):.0f}", f"{ratio(FULL, name):.2f}"] for name, times in means.items()
+        [VARIANTS[name].what, f"{1000 * median(found.values()):.0f}", _text(ratio(FULL, name), ".2f"), len(found)]
+        for name, found in times.items()
+        if found
     ]
-    return "\n".join(
-        [
-            format_table(["variant", "ms per step", "speed against full"], rows),
-            "",
-            f"HiFT through lightning_hift against full fine-tuning: {ratio(FULL, HIFT):.2f}x (target 1.70x or more)",
-            f"HiFT through lightning_hift against the loop by hand: {100 * (ratio(HIFT, BY_HAND) - 1):+.1f} %"
-            " time per step (target +3 % or less)",
-            f"One group against plain Lightning: {100 * (ratio(ONE_GROUP, FULL) - 1):+.1f} % time per step"
-            " (target +3 % or less)",
-        ]
-    )
+    targets = [
+        _speed_target("HiFT against full fine-tuning", ratio(FULL, HIFT), 1.70),
+        _time_target("HiFT against the loop by hand", ratio(HIFT, BY_HAND), 0.03),
+        _time_target("one group against plain Lightning", ratio(ONE_GROUP, FULL), 0.03),
+    ]
+    return [
+        format_markdown(["variant", "ms per step", "speed against full", "rounds"], rows),
+        "## Targets",
+        format_markdown(["through lightning_hift", "target", "measured", "result"], targets),
+        *(f"{setting}; medians of rounds, ratios within a round." for setting in told),
+    ]
 
 
-def passport(rounds: int) -> str:
-    """What the numbers were measured on."""
-    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+def _speed_target(what: str, value: float | None, least: float) -> list[str]:
+    result = "not measured" if value is None else "met" if value >= least else "missed"
+    return [f"speed: {what}", f"at least {least:.2f}", _text(value, ".2f"), result]
+
+
+def _time_target(what: str, value: float | None, most: float) -> list[str]:
+    more = None if value is None else value - 1
+    result = "not measured" if more is None else "met" if more <= most else "missed"
+    return [
+        f"time per step: {what}",
+        f"at most {100 * most:+.0f} %",
+        "-" if more is None else f"{100 * more:+.1f} %",
+        result,
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _setting(measured: Mapping[str, Any]) -> str:
+    size = Size(**measured["size"])
+    places = len(measured["seconds_by_place"])
     return (
-        f"BERT, 6 layers, hidden 384, vocabulary {VOCABULARY}, fp32, AdamW, batch {BATCH_SIZE} x {SEQUENCE_LENGTH};"
-        f" {torch.get_num_threads()} threads, {platform.machine()}, {packages};"
-        f" {rounds} rounds of two sweeps, the faster step at each place, medians of rounds, ratios within a"
-        f" round, {WARM_UP_STEPS} steps and one sweep of warm-up each"
+        f"BERT, {size.layers} layers, hidden {size.hidden}, vocabulary {size.vocabulary}, fp32, AdamW,"
+        f" batch {size.batch} x {size.length}; {measured['threads']} threads; {measured['steps'] // places} sweeps of"
+        f" {places} steps, the fastest step at each place, after {WARM_UP_STEPS} steps and one sweep of warm-up"
     )
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of all variants")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--output", type=Path, help="also write the report to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    results = measure(arguments.rounds)
-    text = f"{report(results)}\n\n{passport(arguments.rounds)}"
-    print(f"\n{text}")
-    if arguments.output is not None:
-        arguments.output.write_text(f"```text\n{text}\n```\n")
-
-
-if __name__ == "__main__":
-    main()
