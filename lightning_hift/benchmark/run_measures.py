@@ -83,6 +83,7 @@ class RunMeasures(RunMeter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._rate = max(self._rate, *(group["lr"] for group in optimizer.param_groups))
         if self._since is None:
             self._gradients = sum(p.grad.nbytes for p in pl_module.parameters() if p.grad is not None)
             self._end_tracking()
@@ -98,9 +99,6 @@ class RunMeasures(RunMeter):
             self.start()
         self._tokens = self._tokens + (count_tokens(batch) or 0)
         self._note_loss(trainer, outputs)
-        self._rate = max(
-            self._rate, *(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        )
         hift = find_callback(trainer)
         if hift is not None:
             self._exposed_ms += sum(engine.offloader.exposed_ms() for engine in hift.engines)
