@@ -23,13 +23,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from lightning_hift.benchmark.axis_values import Entry, choices_of, existing_path, fill_in, matches
 from lightning_hift.memory import parse_bytes
 
 BUDGET = "budget"
 """The axis of equal steps and equal time."""
 EQUAL_STEPS, EQUAL_TIME = "steps", "time"
-_ENTRY_KEYS = ("name", "as", "configs", "options", "trials")
-_OPTIONAL = "?"
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Benchmark:
                 raise ValueError(f"Got axes.{axis}={values!r}; it must be a list with at least one value.")
         for where, named in [("baseline", self.baseline), *(("exclude", each) for each in self.exclude)]:
             _check_values(
-                where, named, {axis: [_Entry.read(axis, v).name for v in vs] for axis, vs in self.axes.items()}
+                where, named, {axis: [Entry.read(axis, v).name for v in vs] for axis, vs in self.axes.items()}
             )
         strange = [axis for axis in self.trial_at if axis not in self.axes and axis != "seed"]
         if strange:
@@ -191,14 +190,14 @@ class Benchmark:
         Raises:
             ValueError: A file does not exist, or two cells are the same.
         """
-        entries = {axis: [_Entry.read(axis, value) for value in values] for axis, values in self.axes.items()}
+        entries = {axis: [Entry.read(axis, value) for value in values] for axis, values in self.axes.items()}
         compared = [axis for axis in self.axes if axis in self.baseline]
         slow = [axis for axis in self.axes if axis not in compared]
         found: list[Cell] = []
         for chosen in product(*(entries[axis] for axis in (*slow, *compared))):
             by_axis = dict(zip((*slow, *compared), chosen, strict=True))
             by_axis = {axis: by_axis[axis] for axis in self.axes}
-            if not any(_matches(by_axis, each) for each in self.exclude):
+            if not any(matches(by_axis, each) for each in self.exclude):
                 found.append(self._cell(by_axis))
         final = sorted(found, key=lambda cell: cell.values.get(BUDGET) == EQUAL_TIME)
         trials = {trial.key: trial for cell in final for trial in cell.trials}
@@ -206,12 +205,12 @@ class Benchmark:
         _check_twins(cells, self.kind)
         return cells
 
-    def _entry(self, axis: str, name: Any) -> _Entry:
+    def _entry(self, axis: str, name: Any) -> Entry:
         """The entry of this name, or a plain one."""
-        entries = [_Entry.read(axis, value) for value in self.axes.get(axis, [])]
-        return next((entry for entry in entries if entry.name == name), _Entry(name, name))
+        entries = [Entry.read(axis, value) for value in self.axes.get(axis, [])]
+        return next((entry for entry in entries if entry.name == name), Entry(name, name))
 
-    def _cell(self, entries: Mapping[str, _Entry], trial: dict[str, Any] | None = None) -> Cell:
+    def _cell(self, entries: Mapping[str, Entry], trial: dict[str, Any] | None = None) -> Cell:
         names = {axis: entry.stands_for for axis, entry in entries.items()}
         files = [*self.configs, *(path for entry in entries.values() for path in entry.configs)]
         options = {**self.options}
@@ -222,10 +221,10 @@ class Benchmark:
         as_tried = {axis: fixed.get(axis, entry) for axis, entry in entries.items()}
         return Cell(
             {axis: entry.name for axis, entry in entries.items()},
-            tuple(path for file in files if (path := _existing(file, names)) is not None),
-            {**{key: _filled(value, names) for key, value in options.items()}, **(trial or {})},
+            tuple(path for file in files if (path := existing_path(file, names)) is not None),
+            {**{key: fill_in(value, names) for key, value in options.items()}, **(trial or {})},
             trial,
-            tuple(self._cell(as_tried, choice) for choice in _choices(tried)),
+            tuple(self._cell(as_tried, choice) for choice in choices_of(tried)),
         )
 
 
@@ -253,37 +252,6 @@ def load_benchmark(path: str | Path) -> Benchmark:
     return Benchmark(**{**found, "limits": Limits(**limits)})
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One value of an axis."""
-
-    name: Any
-    stands_for: Any
-    configs: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    trials: dict[str, list[Any]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, axis: str, value: Any) -> _Entry:
-        if not isinstance(value, dict):
-            return cls(value, value)
-        unknown = [key for key in value if key not in _ENTRY_KEYS]
-        if unknown or "name" not in value:
-            raise ValueError(
-                f"Got axes.{axis} with {value!r}; it needs a name and may have {', '.join(_ENTRY_KEYS[1:])}."
-            )
-        trials = value.get("trials") or {}
-        if any(not isinstance(choices, list) or not choices for choices in trials.values()):
-            raise ValueError(f"Got trials={trials!r} for {value['name']!r}; each key needs a list of values to try.")
-        return cls(
-            value["name"],
-            value.get("as", value["name"]),
-            tuple(value.get("configs") or ()),
-            dict(value.get("options") or {}),
-            dict(trials),
-        )
-
-
 def _check_values(where: str, named: Mapping[str, Any], names: Mapping[str, Sequence[Any]]) -> None:
     for axis, value in named.items():
         if axis not in names:
@@ -308,43 +276,3 @@ def _check_twins(cells: Iterable[Cell], kind: str) -> None:
                 f"The cells {twin.name!r} and {cell.name!r} are the same run: same files, same options. Exclude one, or"
                 " let an option or a file depend on what distinguishes them."
             )
-
-
-def _choices(trials: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(trials, values, strict=True)) for values in product(*trials.values())] if trials else []
-
-
-def _matches(entries: Mapping[str, _Entry], pattern: Mapping[str, Any]) -> bool:
-    return all(
-        entries[axis].name in (wanted if isinstance(wanted, list) else [wanted]) for axis, wanted in pattern.items()
-    )
-
-
-def _existing(template: str, names: Mapping[str, Any]) -> str | None:
-    optional = template.endswith(_OPTIONAL)
-    path = Path(_format(template.removesuffix(_OPTIONAL), names))
-    if path.is_file():
-        return str(path)
-    if optional:
-        return None
-    others = sorted(p.stem for p in path.parent.glob(f"*{path.suffix}"))
-    raise ValueError(
-        f"Got {path.stem!r}, but there is no {path}; {path.parent} has {', '.join(others) or 'no such file'}."
-    )
-
-
-def _filled(value: Any, names: Mapping[str, Any]) -> Any:
-    """``value`` with names in the place of ``{axis}``; one that is nothing but ``{axis}`` keeps its type."""
-    if isinstance(value, str):
-        axis = value[1:-1]
-        return names[axis] if value == f"{{{axis}}}" and axis in names else _format(value, names)
-    if isinstance(value, dict):
-        return {key: _filled(each, names) for key, each in value.items()}
-    return [_filled(each, names) for each in value] if isinstance(value, list) else value
-
-
-def _format(template: str, names: Mapping[str, Any]) -> str:
-    try:
-        return template.format_map(dict(names))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"Got {template!r}; in braces there can be {', '.join(names)}.") from error

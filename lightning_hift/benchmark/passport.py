@@ -34,7 +34,7 @@ def device_bytes() -> int | None:
 def make_passport() -> dict[str, object]:
     """Device, driver, host memory, versions and commit; with ``None`` for what cannot be found out."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "device_bytes": device_bytes(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
@@ -43,6 +43,16 @@ def make_passport() -> dict[str, object]:
         "versions": versions(),
         "commit": _output("git", "describe", "--always", "--dirty"),
     }
+
+
+def _processor() -> str:
+    """``"CPU"`` with its name, as far as the system knows one, and the number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _output(*command: str) -> str | None:

@@ -234,7 +234,7 @@ def passport_line(record: Record) -> str:
     passport = record["passport"]
     packages = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
     driver = f", driver {passport['driver']}" if passport["driver"] else ""
-    return f"{passport['device']}{driver}, {passport['cores']} cores; {packages}; commit {passport['commit']}"
+    return f"{passport['device']}{driver}; {packages}; commit {passport['commit']}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
