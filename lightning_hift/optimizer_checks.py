@@ -37,7 +37,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def check_resettable(optimizer: Optimizer) -> None:
-    """Refuse to drop state without which the weights mean something else.
+    """Refuse to drop state that a new turn cannot do without.
 
     Raises:
         TypeError: As said.
@@ -46,6 +46,11 @@ def check_resettable(optimizer: Optimizer) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} keeps an average of the weights over the whole run in its state, which"
             " state_handling='reset' would drop. Use state_handling='keep', or an optimizer without train() and eval()."
+        )
+    if not getattr(optimizer, "needs_gradient", True):
+        raise TypeError(
+            f"{type(optimizer).__name__} draws its noise by the steps that it counts in its state; with"
+            " state_handling='reset' each turn of a group would draw the same noise again. Use state_handling='keep'."
         )
 
 

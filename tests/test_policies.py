@@ -22,6 +22,7 @@ from lightning_hift import (
     LayerGroup,
     LayerUnit,
     LayerUpdates,
+    MeZO,
     SelectionPolicy,
     StateOffloader,
     SweepSchedule,
@@ -814,3 +815,9 @@ def test_default_always_active_units_may_be_missing_and_can_be_taken_back():
     engine = HiFTEngine.attach(model, adamw(model.parameters()), policy=LISA(1))
     assert {unit.name for unit in engine.always_active} <= {"embedding", "head"}
     assert attach(Net(), LISA(2), always_active=[]).always_active == ()
+
+
+def test_an_optimizer_that_lives_by_its_state_is_not_reset():
+    model = Net()
+    with pytest.raises(TypeError, match="MeZO draws its noise by the steps .* Use state_handling='keep'"):
+        HiFTEngine.attach(model, MeZO(model.parameters()), policy=BAdam())
