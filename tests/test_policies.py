@@ -819,5 +819,5 @@ def test_default_always_active_units_may_be_missing_and_can_be_taken_back():
 
 def test_an_optimizer_that_lives_by_its_state_is_not_reset():
     model = Net()
-    with pytest.raises(TypeError, match="MeZO draws its noise by the steps .* Use state_handling='keep'"):
+    with pytest.raises(TypeError, match=r"MeZO draws its noise by the steps .* Use state_handling='keep'"):
         HiFTEngine.attach(model, MeZO(model.parameters()), policy=BAdam())
