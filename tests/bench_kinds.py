@@ -43,6 +43,7 @@ def run(configs, options, folder):
         "texts": texts,
         "memory": memory,
         "memory_by_group": {"a": memory, "b": memory},
+        "losses": [[s, float(s), 1 / s] for s in range(1, 1 + min(steps, 50))],
         "curve": [
             {"step": s, "tokens": 7 * s, "seconds": s, "val_accuracy": score / 2, "val_loss": 1.0} for s in (1, steps)
         ],

@@ -413,7 +413,7 @@ def test_the_report_has_means_ratios_and_reasons(reported):
 def test_every_picture_that_the_report_shows_is_there(reported):
     text = (reported / "it.md").read_text()
     pictures = sorted(path.name for path in reported.glob("*.png"))
-    assert len(pictures) == 5
+    assert len(pictures) == 7
     for name in pictures:
         assert f"]({name})" in text
         assert (reported / name).stat().st_size > 5000

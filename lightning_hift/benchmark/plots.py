@@ -13,6 +13,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _LABELS = {"state": "optimizer state", "residual": "activations and other"}
 _MIB = 2**20
 _MARKS = "osD^vP*Xh<>"
+_MOST_MARKS = 40  # on one line
 
 
 def plot_memory(bars: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
@@ -66,7 +67,8 @@ def plot_curves(
             for curve in curves if len(curves) > 1 else ():
                 axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=0.8)
             points = _mean_curve(curves)
-            axes.plot(*zip(*points, strict=True), color=colour, marker=mark, markersize=4, linewidth=1.6)
+            marker = mark if len(points) <= _MOST_MARKS else None
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.6)
         axes.set_title(panel, loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.25)

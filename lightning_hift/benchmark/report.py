@@ -17,6 +17,7 @@ from lightning_hift.benchmark.runner import is_loss
 from lightning_hift.benchmark.summary import Line, summarize
 from lightning_hift.table import format_bytes, format_markdown
 
+_CURVES = (("time", "seconds", "seconds of training"), ("tokens", "tokens", "tokens"), ("steps", "step", "steps"))
 _NOT_IN_CSV = ("curve", "losses", "memory_by_group")
 
 
@@ -83,8 +84,8 @@ def _sections(
     return [
         *(["## Result", _verdicts(benchmark, measured)] if measured else []),
         *_over_tasks(benchmark, measured),
-        *picture("quality against time"),
-        *picture("quality against tokens"),
+        *(line for against, *_ in _CURVES for line in picture(f"quality against {against}")),
+        *picture("loss against time"),
         *(["## Steps", _steps(measured)] if measured else []),
         *_memory(benchmark, measured),
         *picture("memory on the device"),
@@ -251,9 +252,10 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
             drawn[what] = Path(f"{benchmark.output}_{what.replace(' ', '_')}{suffix}.png")
             plot(content, drawn[what], *arguments)
 
-    for against, key, label in (("time", "seconds", "seconds of training"), ("tokens", "tokens", "tokens")):
+    for against, key, label in _CURVES:
         what = f"quality against {against}"
         draw(what, plot_curves, _panels(measured, key), label, "Quality on the validation split")
+    draw("loss against time", plot_curves, _losses(measured), "seconds of training", "Training loss")
     bars = {name: _parts(line) for name, line in chosen.items() if line.value("memory.total") is not None}
     draw("memory on the device", plot_memory, bars, "Memory on the device")
     groups = {name: found for name, line in chosen.items() if len(found := _groups(line)) > 1}
@@ -294,6 +296,17 @@ def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tu
         if all(len(curve) > 1 for curve in curves):
             panel = f"{line.values.get('task', '')} {line.metric.removeprefix('val_')}".strip()
             panels.setdefault(panel, {})[_name(line, without=("task",), lines=lines)] = curves
+    return panels
+
+
+def _losses(lines: Sequence[Line]) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+    """The training loss of the first seed, as it is: means of stretches of steps."""
+    panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+    for line in lines:
+        losses = next(iter(line.records.values()))["measured"].get("losses", [])
+        if len(losses) > 1 and line.values.get(BUDGET) != EQUAL_TIME:
+            name = _name(line, without=("task", BUDGET), lines=lines)
+            panels.setdefault(str(line.values.get("task", "")), {})[name] = [[(s, loss) for _, s, loss in losses]]
     return panels
 
 
