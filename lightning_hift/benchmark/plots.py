@@ -11,7 +11,6 @@ KINDS = ("parameters", "gradients", "state", "residual")
 # Okabe and Ito (2008), which colour-blind eyes tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
 _LABELS = {"state": "optimizer state", "residual": "activations and other"}
-_MIB = 2**20
 _MARKS = "osD^vP*Xh<>"
 _MOST_MARKS = 40  # on one line
 
@@ -165,7 +164,7 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
 
 
 def _unit(largest: float) -> tuple[str, int]:
-    return ("GiB", 2**30) if largest >= 2**30 else ("MiB", _MIB)
+    return next(((name, size) for name, size in (("GiB", 2**30), ("MiB", 2**20)) if largest >= size), ("KiB", 2**10))
 
 
 def _short(name: str, limit: int = 46) -> str:

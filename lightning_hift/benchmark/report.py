@@ -265,7 +265,8 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
         for name, line in chosen.items()
         if (memory := line.ratio("memory.total")) and (time := line.ratio("time_per_step"))
     }
-    draw("speed against memory", plot_scatter, points, "Speed against memory")
+    origin = {name: (1.0, 1.0) for name, line in chosen.items() if benchmark.baseline and not line.baselines}
+    draw("speed against memory", plot_scatter, points and {**origin, **points}, "Speed against memory")
     return drawn
 
 
