@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_hift.benchmark.cell_process import run_cell
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
 from lightning_hift.benchmark.records import append_record, merge_records, read_records
 from lightning_hift.benchmark.runner import Runner
 from lightning_hift.benchmark.summary import summarize
+from tests.text_models import WORDS, save_network, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 KIND = "tests.bench_kinds:run"
@@ -510,3 +512,58 @@ def test_json_of_a_record_is_one_line(here, monkeypatch):
     assert json.loads(line)["options"] == {"note": "a\nb"}
     assert load_benchmark(write()).kind == KIND
     assert os.path.exists("bench.yaml")
+
+
+# --- the configurations of this project -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(here, monkeypatch):
+    """A folder with the project's configurations and tiny data; runs are made in this process."""
+    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
+    shutil.copytree(ROOT / "configs", "configs")
+    save_network(here / "model", max_position_embeddings=64)
+    save_tokenizer(here / "model", model_max_length=64)
+    Path("data", "trec6").mkdir(parents=True)
+    for name in ("TREC.train.all", "TREC.test.all"):
+        Path("data", "trec6", name).write_text("".join(f"{i % 6} {WORDS[i % 6]} {WORDS[i % 5]}\n" for i in range(24)))
+    rows = "".join(f"{WORDS[i % 4]} film,{i % 2}\n" for i in range(24))
+    for name in ("train.csv", "validation.csv"):
+        Path(name).write_text(f"sentence,label\n{rows}")
+
+    def in_process(self, cell):
+        folder = here / f"run{len(list(here.iterdir()))}"
+        folder.mkdir()
+        return run_cell(self.benchmark.kind, cell.configs, cell.options, folder)
+
+    monkeypatch.setattr(Runner, "_in_process", in_process)
+    return here
+
+
+TINY = ["model.init_args.model=model", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+OWN_ROWS = ["dataset=null", "config_name=null", "splits=null", "files={train: train.csv, validation: validation.csv}"]
+
+
+def test_the_benchmark_of_methods_on_a_cpu_runs(project):
+    only = ["task=trec", "method=full,HiFT groups of one,LISA", "seed=0"]
+    main(["--config", "configs/benchmark/quality_cpu.yaml", "--set", *TINY, "--only", *only])
+    records = read_records(Path("examples/results/quality_cpu.jsonl"))
+    assert [record["status"] for record in records] == ["measured"] * (9 + 3 + 2), records
+    text = Path("examples/results/quality_cpu.md").read_text()
+    assert "| trec | LISA | time | accuracy |" in text
+    assert "Tried out with task trec, seed 100" in text
+
+
+@pytest.mark.parametrize(("name", "cells"), [("paper_ablation", 13), ("paper_quality", 15)])
+def test_the_papers_benchmarks_run(project, name, cells):
+    data = [f"data.init_args.{setting}" for setting in OWN_ROWS]
+    only = ["model=roberta_base", "task=sst2", "seed=0"]
+    main(["--config", f"configs/benchmark/{name}.yaml", "--set", *TINY, *data, "--only", *only])
+    records = read_records(Path(f"examples/results/{name}.jsonl"))
+    assert len(records) == cells
+    lacking = {"adamw_8bit", "cpu_offload", "galore"}  # packages, or a GPU
+    failed = [r for r in records if r["status"] != "measured" and r["cell"].get("method") not in lacking]
+    assert not failed, failed
+    updates = {r["cell"].get("method"): r["measured"]["updates_per_parameter"] for r in records if "measured" in r}
+    assert all(updates[method] == 2 for method in {"full", "lora", "mezo", "linear_probing"} & updates.keys())
+    assert all("install" in r["reason"] or "CUDA" in r["reason"] for r in records if r["status"] != "measured")

@@ -36,6 +36,7 @@ class RunMeter(Callback):
         self.state_bytes = 0  # on the device, at the most
         self.updated = 0  # elements, summed over the steps
         self.steps = 0
+        self._stepping: dict[Optimizer, int] = {}  # elements that this batch updates
         self._step_seconds: list[float] = []
         self._batch_since = 0.0
         self._device = torch.device("cpu")
@@ -94,7 +95,9 @@ class RunMeter(Callback):
     ) -> None:
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         self.trainable_parameters = max(self.trainable_parameters, trainable)
-        self.updated += sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        # Not summed up here: an optimizer without gradients comes by with each of its forward passes.
+        owned = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        self._stepping[optimizer] = sum(p.numel() for p in owned)
 
     @override
     def on_train_batch_end(
@@ -104,6 +107,8 @@ class RunMeter(Callback):
             self._untimed_batches += 1
         else:
             self._step_seconds.append(time.perf_counter() - self._batch_since)
+        self.updated += sum(self._stepping.values())
+        self._stepping = {}
         self.steps = trainer.global_step
         self.state_bytes = max(self.state_bytes, state_bytes_on_device(trainer))
 
