@@ -345,16 +345,23 @@ def test_what_depends_on_a_failure_is_skipped(here, monkeypatch):
     assert len(read_records(Path("out/it.jsonl"))) == 2  # what was not run can be run later
 
 
-def test_an_interrupted_benchmark_goes_on(here):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_benchmark_goes_on(here, sent):
     path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
     command = [sys.executable, "-m", "lightning_hift", "bench", "--config", path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
+    )
     records = Path("out/it.jsonl")
     for _ in range(600):
         if records.exists() and len(read_records(records)) >= 1:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "Interrupted. What is recorded is not repeated" in told

@@ -106,7 +106,7 @@ def test_each_method_runs_on_each_kind_of_task(method: str, task: str, tmp_path:
     cli = run(task, method, tmp_path, *small)
     assert cli.trainer.global_step == 3
     assert torch.isfinite(cli.trainer.callback_metrics["val_loss"])
-    by_hift = method.startswith("hift") or method == "mezo_blockwise"
+    by_hift = method.startswith("hift") or method in ("mezo_blockwise", "badam", "lisa", "hft", "ist")
     assert any(isinstance(callback, HiFTCallback) for callback in cli.trainer.callbacks) == by_hift  # type: ignore[attr-defined]
     assert isinstance(cli.trainer.strategy, HiFTStrategy) == by_hift
     assert isinstance(optimizer_of(cli), MeZO) == method.startswith("mezo")

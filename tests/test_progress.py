@@ -121,7 +121,7 @@ def test_a_second_fit_starts_anew(clock: Clock) -> None:
 )
 def test_any_batch(batch: Any, samples: int | None, tokens: int | None) -> None:
     assert training_speed._count_samples(batch) == samples
-    assert training_speed._count_tokens(batch) == tokens
+    assert training_speed.count_tokens(batch) == tokens
 
 
 def test_a_module_without_tokens_shows_samples() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is running must not outlive this process
         _main(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
