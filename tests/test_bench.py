@@ -573,4 +573,4 @@ def test_the_papers_benchmarks_run(project, name, cells):
     assert not failed, failed
     updates = {r["cell"].get("method"): r["measured"]["updates_per_parameter"] for r in records if "measured" in r}
     assert all(updates[method] == 2 for method in {"full", "lora", "mezo", "linear_probing"} & updates.keys())
-    assert all("install" in r["reason"] or "CUDA" in r["reason"] for r in records if r["status"] != "measured")
+    assert {r["status"] for r in records} <= {"measured", "skipped"}

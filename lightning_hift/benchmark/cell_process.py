@@ -16,6 +16,7 @@ from lightning_hift.benchmark.records import Record
 
 MEASURED, SKIPPED, OUT_OF_MEMORY, TIMED_OUT, FAILED = "measured", "skipped", "out of memory", "timed out", "failed"
 _LONGEST = 400  # characters of a reason
+_MISSING = ("No module named", "pip install", "needs a CUDA")
 
 
 def main(request: Path) -> None:
@@ -42,8 +43,13 @@ def run_cell(kind: str, configs: Sequence[str], options: Mapping[str, Any], fold
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome = {"status": OUT_OF_MEMORY, "reason": shorten(str(error) or "of the host")}
     except Exception as error:  # a row, not the end
-        outcome = {"status": FAILED, "reason": shorten(f"{type(error).__name__}: {error}")}
+        outcome = {"status": status_of(str(error)), "reason": shorten(f"{type(error).__name__}: {error}")}
     return {**outcome, "passport": make_passport()}
+
+
+def status_of(words: str) -> str:
+    """What it means that a run has ended with these words: something is missing here, or it failed."""
+    return SKIPPED if any(sign in words for sign in _MISSING) else FAILED
 
 
 def shorten(text: str) -> str:

@@ -83,7 +83,7 @@ class RunMeasures(RunMeter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        self._rate = max(self._rate, *(group["lr"] for group in optimizer.param_groups))
+        self._rate = max(self._rate, *(float(group["lr"]) for group in optimizer.param_groups))
         if self._since is None:
             self._gradients = sum(p.grad.nbytes for p in pl_module.parameters() if p.grad is not None)
             self._end_tracking()

@@ -17,7 +17,15 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from lightning_hift.benchmark.cell_process import FAILED, MEASURED, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, run_cell, shorten
+from lightning_hift.benchmark.cell_process import (
+    MEASURED,
+    OUT_OF_MEMORY,
+    SKIPPED,
+    TIMED_OUT,
+    run_cell,
+    shorten,
+    status_of,
+)
 from lightning_hift.benchmark.kinds import kind_of
 from lightning_hift.benchmark.matrix import BUDGET, EQUAL_STEPS, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.passport import make_passport
@@ -26,7 +34,6 @@ from lightning_hift.benchmark.records import Record, append_record, read_records
 SCHEMA = 1
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 _POLL_SECONDS = 0.5
-_MISSING_PACKAGE = ("No module named", "pip install")  # in what a command line says before it gives up
 
 
 class Runner:
@@ -287,6 +294,4 @@ def _last_words(log: str, code: int) -> tuple[str, str]:
     if code == -signal.SIGKILL:
         return OUT_OF_MEMORY, "the process was killed, as by the system when memory runs out"
     words = log.rpartition("error:")[2] if "error:" in log else (log.strip().splitlines() or ["no message"])[-1]
-    if any(sign in words for sign in _MISSING_PACKAGE):
-        return SKIPPED, shorten(words)
-    return FAILED, shorten(f"the process ended with code {code}: {words}")
+    return status_of(words), shorten(f"the process ended with code {code}: {words}")
