@@ -190,6 +190,20 @@ def available_host_memory(root: str | os.PathLike[str] = "/") -> int | None:
     return min(found) if found else None
 
 
+def process_memory(field: str, pid: int | str = "self") -> int | None:
+    """Bytes of a process, without its children, as Linux counts them under the name of a field.
+
+    Args:
+        field: A line of ``/proc/PID/status``, such as ``"VmRSS"`` or ``"RssShmem"``.
+        pid: The process; default: this one.
+
+    Returns:
+        ``None`` where it is not known: the process has ended, or this is no Linux.
+    """
+    found = re.search(rf"^{field}:\s+(\d+) kB", _read("/", f"proc/{pid}/status"), re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
+
+
 def _read(root: str | os.PathLike[str], path: str) -> str:
     try:
         return (Path(root) / path).read_text()

@@ -12,10 +12,13 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_hift import StateOffloader
 
 
 class LaggingEvent:
@@ -183,3 +186,8 @@ class _Deferring(TorchDispatchMode):
         self._device.copies += 1
         self._stream.add_copy(args[0], args[1])
         return args[0]
+
+
+def lagging(**options: Any) -> StateOffloader:
+    """An offloader that copies, on such a device."""
+    return StateOffloader("cpu", device_module=LaggingDevice(), always_copy=True, **options)

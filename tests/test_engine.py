@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
-from tests.lagging import LaggingDevice
+from tests.lagging import lagging
 from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens
 from tests.reference.round_robin import train_round_robin
 
@@ -28,10 +28,6 @@ OPTIMIZERS = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "adadelta": torch.optim.Adadelta,
 }
-
-
-def lagging(**options):
-    return StateOffloader("cpu", device_module=LaggingDevice(), always_copy=True, **options)
 
 
 OFFLOADERS = {

@@ -32,7 +32,7 @@ from lightning_hift.cli import main
 from lightning_hift.memory import GroupBytes, check_memory
 from lightning_hift.preflight import check_before_run
 from lightning_hift.table import format_bytes
-from tests.lagging import LaggingDevice
+from tests.lagging import lagging
 from tests.models import (
     Automatic,
     Net,
@@ -100,10 +100,6 @@ POLICIES = {
     "sweep_reset": lambda: SweepSchedule(order="random", reshuffle=True, steps_per_group=2, state_handling="reset"),
     "own": OddAndEven,
 }
-
-
-def lagging(**options):
-    return StateOffloader("cpu", device_module=LaggingDevice(), always_copy=True, **options)
 
 
 OFFLOADERS = {

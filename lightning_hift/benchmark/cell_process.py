@@ -15,8 +15,24 @@ from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import Record
 
 MEASURED, SKIPPED, OUT_OF_MEMORY, TIMED_OUT, FAILED = "measured", "skipped", "out of memory", "timed out", "failed"
+_MODULE = "lightning_hift.benchmark.cell_process"
 _LONGEST = 400  # characters of a reason
 _MISSING = ("No module named", "pip install", "needs a CUDA")
+
+
+def write_request(
+    folder: Path,
+    kind: str,
+    configs: Sequence[str],
+    options: Mapping[str, Any],
+    threads: int | None = None,
+    device_memory: int | None = None,
+) -> tuple[Path, list[str]]:
+    """Describe a run in a file of ``folder``; returns where its outcome will be, and the command that makes it."""
+    request = folder / "request.json"
+    told = {"kind": kind, "configs": list(configs), "options": dict(options), "threads": threads}
+    request.write_text(json.dumps({**told, "device_memory": device_memory}))
+    return request.with_suffix(".out"), [sys.executable, "-m", _MODULE, str(request)]
 
 
 def main(request: Path) -> None:

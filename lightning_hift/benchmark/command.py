@@ -135,7 +135,7 @@ def _dry_run(benchmark: Benchmark, cells: Sequence[Cell], known: Mapping[str, Re
         rows.append(
             [
                 *(str(value) for value in cell.values.values()),
-                ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (cell.trial or {}).items()) or "-",
+                cell.trial_name or "-",
                 *("-" if (size := place.get(where)) is None else format_bytes(size) for where in ("device", "host")),
                 "-" if expected is None else f"{expected:.0f} s",
                 known[cell.key]["status"] if cell.key in known else "to do",

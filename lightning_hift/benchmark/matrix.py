@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,12 @@ class Cell:
     @property
     def name(self) -> str:
         """For people."""
-        parts = [
-            *map(str, self.values.values()),
-            *(f"{k.rpartition('.')[2]}={v}" for k, v in (self.trial or {}).items()),
-        ]
-        return " ".join(parts)
+        return " ".join([*map(str, self.values.values()), *([self.trial_name] if self.trial else [])])
+
+    @property
+    def trial_name(self) -> str:
+        """The settings that are tried out, for people."""
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (self.trial or {}).items())
 
     @property
     def key(self) -> str:
@@ -143,10 +145,9 @@ class Benchmark:
         for axis, values in self.axes.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"Got axes.{axis}={values!r}; it must be a list with at least one value.")
+        names = {axis: [entry.name for entry in entries] for axis, entries in self._entries.items()}
         for where, named in [("baseline", self.baseline), *(("exclude", each) for each in self.exclude)]:
-            _check_values(
-                where, named, {axis: [Entry.read(axis, v).name for v in vs] for axis, vs in self.axes.items()}
-            )
+            _check_values(where, named, names)
         strange = [axis for axis in self.trial_at if axis not in self.axes and axis != "seed"]
         if strange:
             raise ValueError(f"Got trial_at with the axis {strange[0]!r}; there are {', '.join(self.axes)}.")
@@ -158,6 +159,10 @@ class Benchmark:
                 f"Got axes.{BUDGET} with {EQUAL_TIME!r}, which takes as many steps as the baseline's time has room for:"
                 f" it needs {EQUAL_STEPS!r} beside it, to know how long a step takes, and a baseline."
             )
+
+    @cached_property
+    def _entries(self) -> dict[str, list[Entry]]:
+        return {axis: [Entry.read(axis, value) for value in values] for axis, values in self.axes.items()}
 
     @property
     def budgets(self) -> list[Any]:
@@ -190,11 +195,10 @@ class Benchmark:
         Raises:
             ValueError: A file does not exist, or two cells are the same.
         """
-        entries = {axis: [Entry.read(axis, value) for value in values] for axis, values in self.axes.items()}
         compared = [axis for axis in self.axes if axis in self.baseline]
         slow = [axis for axis in self.axes if axis not in compared]
         found: list[Cell] = []
-        for chosen in product(*(entries[axis] for axis in (*slow, *compared))):
+        for chosen in product(*(self._entries[axis] for axis in (*slow, *compared))):
             by_axis = dict(zip((*slow, *compared), chosen, strict=True))
             by_axis = {axis: by_axis[axis] for axis in self.axes}
             if not any(matches(by_axis, each) for each in self.exclude):
@@ -207,8 +211,7 @@ class Benchmark:
 
     def _entry(self, axis: str, name: Any) -> Entry:
         """The entry of this name, or a plain one."""
-        entries = [Entry.read(axis, value) for value in self.axes.get(axis, [])]
-        return next((entry for entry in entries if entry.name == name), Entry(name, name))
+        return next((entry for entry in self._entries.get(axis, []) if entry.name == name), Entry(name, name))
 
     def _cell(self, entries: Mapping[str, Entry], trial: dict[str, Any] | None = None) -> Cell:
         names = {axis: entry.stands_for for axis, entry in entries.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_hift.benchmark.cell_process import MEASURED, OUT_OF_MEMORY, SKIPPED
+from lightning_hift.benchmark.cell_process import MEASURED, OUT_OF_MEMORY, SKIPPED, write_request
 from lightning_hift.benchmark.kinds import Skipped, check_options
 from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
 from lightning_hift.benchmark.memory_rows import find_row
@@ -83,18 +82,9 @@ def _largest_batch(options: Mapping[str, Any], batch_size: int) -> dict[str, Any
 def _start(options: Mapping[str, Any]) -> Record:
     """What came of a run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        request = Path(folder, "request.json")
-        told: dict[str, Any] = {
-            "kind": "memory",
-            "configs": [],
-            "options": dict(options),
-            "threads": None,
-            "device_memory": None,
-        }
-        request.write_text(json.dumps(told))
-        command = [sys.executable, "-m", "lightning_hift.benchmark.cell_process", str(request)]
+        out, command = write_request(Path(folder), "memory", [], options)
         code = subprocess.run(command).returncode
         if code:
             raise RuntimeError(f"with a batch of {options['batch_size']}: the process ended with code {code}")
-        found: Record = json.loads(request.with_suffix(".out").read_text())
+        found: Record = json.loads(out.read_text())
         return found

@@ -11,7 +11,7 @@ from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
 from lightning_hift.benchmark.memory_rows import GIB, Target, find_row
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.report import measured_on, missing_runs, write_csv
+from lightning_hift.benchmark.report import measured_on, missing_runs, number_text, size_text, write_csv
 from lightning_hift.memory import CONTEXT_BYTES
 from lightning_hift.table import format_bytes, format_markdown
 
@@ -142,16 +142,16 @@ def _measured_table(rows: Sequence[PlannedRow], records: Mapping[str, Record]) -
                 row.model + (f", {planned.layers} layers" if row.like_full else ""),
                 f"{setup.batch_size} x {setup.sequence_length}",
                 row.what,
-                _size(setup.activation_budget),
-                _size(planned.allocated),
-                _size(found.get("allocated")),
-                _size(found.get("reserved")),
-                _size(found.get("device_used")),
-                _size(planned.host),
-                _size(found.get("host_arena")),
-                _number(found.get("seconds_per_step"), ".3f"),
-                _number(found.get("tokens_per_second"), ",.0f"),
-                _number(found.get("exposed_ms"), ".1f"),
+                size_text(setup.activation_budget),
+                size_text(planned.allocated),
+                size_text(found.get("allocated")),
+                size_text(found.get("reserved")),
+                size_text(found.get("device_used")),
+                size_text(planned.host),
+                size_text(found.get("host_arena")),
+                number_text(found.get("seconds_per_step"), ".3f"),
+                number_text(found.get("tokens_per_second"), ",.0f"),
+                number_text(found.get("exposed_ms"), ".1f"),
                 "-" if main is None else _limit(main),
                 _result(record) if main is None else verdict(main, value) if found else _result(record),
                 row.published or "-",
@@ -201,14 +201,6 @@ def _in_unit(target: Target, value: float | None) -> str:
         "x": f"{value:.3f}x",
         "": f"{value:,.0f}",
     }[target.unit]
-
-
-def _size(value: float | None) -> str:
-    return "-" if value is None else format_bytes(value)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _result(record: Record) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,12 +19,14 @@ from lightning_hift.benchmark.correctness import compare_weights
 from lightning_hift.benchmark.kinds import Skipped
 from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import MODELS
-from lightning_hift.callback import HiFTCallback
+from lightning_hift.callback import HiFTCallback, find_callback
 from lightning_hift.grouping import find_layer_units
+from lightning_hift.memory import process_memory
 from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks import CausalLM
 
 _REFERENCE_WARM_UP, _REFERENCE_STEPS = 3, 10
+_ARENA = "RssShmem"  # it consists of anonymous shared mappings
 
 
 def run_row(planned: PlannedRow, device: torch.device, max_steps: int | None = None) -> dict[str, Any]:
@@ -81,15 +82,6 @@ def _peaks(device: torch.device) -> dict[str, int | None]:
         "reserved": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "device_used": DeviceUse.now(device).used,
     }
-
-
-def _shared_memory() -> int | None:
-    """Bytes of anonymous shared mappings of this process, which the arena consists of; Linux only."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem")), None)
 
 
 # --- the model and its data -------------------------------------------------------------------------------------------
@@ -167,7 +159,9 @@ class _Meter(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        (engine,) = next(c for c in trainer.callbacks if isinstance(c, HiFTCallback)).engines  # type: ignore[attr-defined]
+        hift = find_callback(trainer)
+        assert hift is not None
+        (engine,) = hift.engines
         if batch_idx >= self.warm_up:
             self._exposed.append(engine.offloader.exposed_ms())
         if batch_idx < self.warm_up + self.steps - 1:
@@ -187,7 +181,7 @@ class _Meter(pl.Callback):
             self.measured["peak_over_parts"] = self.measured["allocated"] / parts
 
     def _host(self, exact: int) -> dict[str, Any]:
-        shared = _shared_memory()
+        shared = process_memory(_ARENA)
         if self.device.type == "cpu" or shared is None or self.shared_before is None:
             return {"host_exact": exact}  # host and device are the same memory: there is no arena
         arena = shared - self.shared_before
@@ -199,7 +193,7 @@ def _train_with_hift(planned: PlannedRow, device: torch.device, max_steps: int |
     module = build_module(planned)
     sweep = len(find_layer_units(module))
     steps = min(sweep, max_steps or sweep)
-    meter = _Meter(steps, steps, device, _shared_memory())
+    meter = _Meter(steps, steps, device, process_memory(_ARENA))
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=1,

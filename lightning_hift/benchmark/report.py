@@ -109,8 +109,8 @@ def _verdicts(benchmark: Benchmark, lines: Sequence[Line]) -> str:
         row += ["-" if line.spread is None else f"{line.spread:.{digits + 1}f}"]
         if compared:
             speed = line.ratio("time_per_step")
-            row += [_number(line.gain, f"+.{digits + 1}f"), _number(line.ratio("time"), ".2f")]
-            row += ["-" if not speed else f"{1 / speed:.2f}", _number(line.ratio("memory.total"), ".2f")]
+            row += [number_text(line.gain, f"+.{digits + 1}f"), number_text(line.ratio("time"), ".2f")]
+            row += ["-" if not speed else f"{1 / speed:.2f}", number_text(line.ratio("memory.total"), ".2f")]
         rows.append(row)
     notes = "Mean and spread (standard deviation) over seeds; percentages, or a loss as it is."
     if compared:
@@ -128,11 +128,14 @@ def _steps(lines: Sequence[Line]) -> str:
     header += ["trains at once", "updates per parameter", "largest learning rate"]
     rows = []
     for line in lines:
-        row: list[str] = [*(str(value) for value in line.values.values()), _number(line.value("step"), ",.0f")]
-        row += [_number(line.value("time_per_step"), ".3f"), _number(line.value("tokens_per_second"), ",.0f")]
-        row += [_number(line.value("exposed_ms_per_step"), ".1f ms"), _size(line.value("state_on_device"))]
-        row += [_number(line.value("trainable_at_once"), ",.0f"), _number(line.value("updates_per_parameter"), ",.1f")]
-        rows.append([*row, _number(line.value("learning_rate"), ".2g")])
+        row: list[str] = [*(str(value) for value in line.values.values()), number_text(line.value("step"), ",.0f")]
+        row += [number_text(line.value("time_per_step"), ".3f"), number_text(line.value("tokens_per_second"), ",.0f")]
+        row += [number_text(line.value("exposed_ms_per_step"), ".1f ms"), size_text(line.value("state_on_device"))]
+        row += [
+            number_text(line.value("trainable_at_once"), ",.0f"),
+            number_text(line.value("updates_per_parameter"), ",.1f"),
+        ]
+        rows.append([*row, number_text(line.value("learning_rate"), ".2g")])
     return format_markdown(header, rows)
 
 
@@ -156,8 +159,11 @@ def _over_tasks(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
         speeds = [1 / ratio for line in by_task.values() if (ratio := line.ratio("time_per_step"))]
         known = [gain for gain in gains if gain is not None]
         told = f"{mean(known):+.2f}" + ("" if len(known) == len(tasks) else f" ({len(known)} tasks)")
-        rows.append([*map(str, kind), *(_number(gain, "+.2f") for gain in gains), told])
-        rows[-1] += [_number(mean(times) if times else None, ".2f"), _number(mean(speeds) if speeds else None, ".2f")]
+        rows.append([*map(str, kind), *(number_text(gain, "+.2f") for gain in gains), told])
+        rows[-1] += [
+            number_text(mean(times) if times else None, ".2f"),
+            number_text(mean(speeds) if speeds else None, ".2f"),
+        ]
     return ["### Gains over tasks", format_markdown(header, rows)]
 
 
@@ -167,7 +173,7 @@ def _memory(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
     for name, line in chosen.items():
         parts = [line.value(f"memory.{kind}") for kind in (*KINDS, "total")]
         ratio = line.ratio("memory.total")
-        rows.append([name, *map(_size, parts), _number(ratio, ".2f"), _size(line.value("host_peak"))])
+        rows.append([name, *map(size_text, parts), number_text(ratio, ".2f"), size_text(line.value("host_peak"))])
     if not rows:
         return []
     header = ["run", *KINDS, "total", "against baseline", "host, peak of the process"]
@@ -324,10 +330,12 @@ def _device_of(lines: Sequence[Line]) -> str:
     return str(next(iter(lines[0].records.values()))["passport"]["device"]) if lines else ""
 
 
-def _number(value: float | None, form: str) -> str:
+def number_text(value: float | None, form: str) -> str:
+    """A number in a format, which may have a unit behind a space; ``None`` is a dash."""
     number, _, unit = form.partition(" ")
     return "-" if value is None else f"{value:{number}} {unit}".rstrip()
 
 
-def _size(value: float | None) -> str:
+def size_text(value: float | None) -> str:
+    """A number of bytes in the largest unit that fits; ``None`` is a dash."""
     return "-" if value is None else format_bytes(value)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,11 +24,13 @@ from lightning_hift.benchmark.cell_process import (
     run_cell,
     shorten,
     status_of,
+    write_request,
 )
 from lightning_hift.benchmark.kinds import kind_of
 from lightning_hift.benchmark.matrix import BUDGET, EQUAL_STEPS, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import Record, append_record, read_records
+from lightning_hift.memory import process_memory
 
 SCHEMA = 1
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
@@ -194,12 +195,12 @@ class Runner:
         with tempfile.TemporaryDirectory() as folder:
             if not kind_of(self.benchmark.kind).apart:
                 return run_cell(self.benchmark.kind, cell.configs, cell.options, Path(folder))
-            request, log = Path(folder, "request.json"), Path(folder, "log.txt")
-            told = {"kind": self.benchmark.kind, "configs": cell.configs, "options": cell.options, "threads": threads}
-            request.write_text(json.dumps({**told, "device_memory": limits.bytes_of("device_memory")}))
+            log, device_memory = Path(folder, "log.txt"), limits.bytes_of("device_memory")
+            out, command = write_request(
+                Path(folder), self.benchmark.kind, cell.configs, cell.options, threads, device_memory
+            )
             environment = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
             environment |= {**os.environ} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-            command = [sys.executable, "-m", "lightning_hift.benchmark.cell_process", str(request)]
             with log.open("w") as file:
                 process = subprocess.Popen(
                     command, stdout=file, stderr=file, text=True, env=environment, start_new_session=True
@@ -209,7 +210,6 @@ class Runner:
                     _kill(process)
                 ended = _watch(process, limits.seconds, limits.bytes_of("host_memory"))
                 self._running.discard(process)
-            out = request.with_suffix(".out")
             if ended is None and out.exists():
                 found: Record = json.loads(out.read_text())
                 return found
@@ -268,18 +268,9 @@ def _watch(process: subprocess.Popen[str], seconds: float | None, host_memory: i
         if seconds is not None and time.monotonic() - since > seconds:
             _kill(process)
             return TIMED_OUT, f"took more than {seconds:g} seconds"
-        if host_memory is not None and _resident_bytes(process.pid) > host_memory:
+        if host_memory is not None and (process_memory("VmRSS", process.pid) or 0) > host_memory:
             _kill(process)
             return OUT_OF_MEMORY, f"took more than {host_memory / 2**30:.2f} GiB of host memory"
-
-
-def _resident_bytes(pid: int) -> int:
-    """Of a process, without its children."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has ended, or this is no Linux
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

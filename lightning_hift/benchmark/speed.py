@@ -24,7 +24,7 @@ from lightning_hift.benchmark.cell_process import MEASURED
 from lightning_hift.benchmark.kinds import check_options
 from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.report import measured_on, missing_runs, write_csv
+from lightning_hift.benchmark.report import measured_on, missing_runs, number_text, write_csv
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.grouping import find_layer_units
 from lightning_hift.table import format_markdown
@@ -225,7 +225,7 @@ def _sections(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]
         return median(found) if found else None
 
     rows = [
-        [VARIANTS[name].what, f"{1000 * median(found.values()):.0f}", _text(ratio(FULL, name), ".2f"), len(found)]
+        [VARIANTS[name].what, f"{1000 * median(found.values()):.0f}", number_text(ratio(FULL, name), ".2f"), len(found)]
         for name, found in times.items()
         if found
     ]
@@ -244,7 +244,7 @@ def _sections(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]
 
 def _speed_target(what: str, value: float | None, least: float) -> list[str]:
     result = "not measured" if value is None else "met" if value >= least else "missed"
-    return [f"speed: {what}", f"at least {least:.2f}", _text(value, ".2f"), result]
+    return [f"speed: {what}", f"at least {least:.2f}", number_text(value, ".2f"), result]
 
 
 def _time_target(what: str, value: float | None, most: float) -> list[str]:
@@ -256,10 +256,6 @@ def _time_target(what: str, value: float | None, most: float) -> list[str]:
         "-" if more is None else f"{100 * more:+.1f} %",
         result,
     ]
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _setting(measured: Mapping[str, Any]) -> str:
