@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from lightning_hift.grouping import (
     select_parameters,
     select_units,
 )
+from lightning_hift.lr_scale import LRScale
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_state import parameters_of
@@ -47,6 +47,7 @@ def attach_engines(
     master_weights: MasterWeights = "auto",
     weights_dtype: torch.dtype | None = None,
     max_group_numel: int | None = None,
+    lr_scale: LRScale = 1.0,
 ) -> list[HiFTEngine]:
     """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
 
@@ -71,6 +72,7 @@ def attach_engines(
         master_weights: See ``HiFTEngine``.
         weights_dtype: See ``HiFTEngine``.
         max_group_numel: See ``HiFTEngine``.
+        lr_scale: See ``HiFTEngine``.
 
     Raises:
         ValueError: An argument is out of range, or does not go with the policy; a pattern matches nothing, or something
@@ -78,7 +80,8 @@ def attach_engines(
         TypeError: An optimizer cannot step one group at a time, or ``policy`` is none.
         RuntimeError: An optimizer is already under another engine.
     """
-    policy = choose_policy(policy, order, reshuffle, steps_per_group, group_size)
+    schedule = SweepSchedule(1, order, reshuffle, steps_per_group, per_unit=group_size == BALANCED)
+    policy = choose_policy(policy, schedule, SweepSchedule())
     found = find_groups(
         model,
         optimizers,
@@ -105,6 +108,7 @@ def attach_engines(
                 master_weights,
                 weights_dtype,
                 max_group_numel,
+                lr_scale,
             )
             engines.append(engine)
     except BaseException:
@@ -117,21 +121,21 @@ def attach_engines(
 
 
 def choose_policy(
-    policy: SelectionPolicy | str | None,
-    order: Order = "bottom2up",
-    reshuffle: bool = False,
-    steps_per_group: int = 1,
-    group_size: GroupSize = 1,
+    policy: SelectionPolicy | str | None, schedule: SweepSchedule, usual: SweepSchedule
 ) -> SelectionPolicy:
-    """``policy``, or HiFT's own with the other arguments; turns of balanced groups are as long as the groups.
+    """``policy``, or HiFT's own.
+
+    Args:
+        policy: Or the name of one, or ``None`` for HiFT's.
+        schedule: HiFT's own, as it was asked for.
+        usual: What it is where nothing was asked for.
 
     Raises:
-        ValueError: There are both, an argument is out of range, or there is no policy of that name.
+        ValueError: Something was asked for beside a policy, or there is no policy of that name.
         TypeError: ``policy`` is none.
     """
-    schedule = SweepSchedule(1, order, reshuffle, steps_per_group)
     if policy is None:
-        return replace(schedule, per_unit=group_size == BALANCED)
+        return schedule
     if isinstance(policy, str):
         if policy not in POLICIES:
             names = ", ".join(map(repr, POLICIES))
@@ -144,11 +148,15 @@ def choose_policy(
             f"Got policy={policy!r}; it must be a SelectionPolicy, such as lightning_hift.LISA(), the name of one"
             f" ({', '.join(POLICIES)}), or None for HiFT."
         )
-    if schedule != SweepSchedule():
+    asked = [
+        f"{name}={value!r}"
+        for name in ("order", "reshuffle", "steps_per_group")
+        if (value := getattr(schedule, name)) != getattr(usual, name)
+    ]
+    if asked:
         raise ValueError(
-            f"Got order={order!r}, reshuffle={reshuffle} and steps_per_group={steps_per_group} beside the policy"
-            f" {type(policy).__name__}, which decides by itself when a group trains. Leave them out, and give what it"
-            " takes to the policy."
+            f"Got {' and '.join(asked)} beside the policy {type(policy).__name__}, which decides by itself when a group"
+            " trains. Leave that out, and give what it takes to the policy."
         )
     return policy
 
@@ -187,8 +195,9 @@ def find_groups(
         found = [find_layer_units(model, units, parameters=parameters_of(optimizer)) for optimizer in optimizers]
         everything = [unit for part in found for unit in part]
         if always_active is None:
-            always_active = [n for n in policy.always_active if any(unit.name == n for unit in everything)]
-        always = select_units(everything, always_active) if always_active else []
+            always = [unit for part in found for unit in policy.choose_always_active(part)]
+        else:
+            always = select_units(everything, always_active) if always_active else []
         return [_divide(part, [unit for unit in part if unit in always], group_size, policy) for part in found]
     finally:
         for p in held_back:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -24,15 +25,18 @@ from lightning_hift.attach import attach_engines, choose_policy
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
-from lightning_hift.grouping import GroupSize, LayerGroup, check_group_size
+from lightning_hift.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
+from lightning_hift.lr_scale import AUTO, LRScale, check_lr_scale
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
 from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
-from lightning_hift.schedule import Order
+from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy, check_count
 
+_ORDER: Order = "top2down"
+_STEPS_PER_GROUP = 4
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
@@ -43,11 +47,12 @@ class HiFTCallback(Callback):
     each rotates through the groups of its own parameters. The position in the sweep is saved with the optimizer.
 
     Args:
-        group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
-            gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
+        group_size: Layer units per group (m in the paper, 1 there). Larger groups mean more updates per parameter, and
+            more gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
             ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
             the embedding is large, in the memory of groups of 1. Each unit trains as often as in groups of 1, and its
-            neighbours with it: ``steps_per_group`` then counts for each unit of a group.
+            neighbours with it: ``steps_per_group`` then counts for each unit of a group. Default: that of the policy,
+            with HiFT ``"balanced"``, with others 1.
         order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
@@ -56,11 +61,15 @@ class HiFTCallback(Callback):
         units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
         frozen: Module-path patterns of what must not train in this run.
         always_active: Names or module-path patterns of units that train at every step, such as ``["head"]``. Costs
-            their gradients and state on the device for the whole run. Default: those of the policy, with HiFT none.
+            their gradients and state on the device for the whole run. Default: those of the policy, with HiFT the head
+            if it has at most an eighth of the parameters of the largest unit. ``[]``: none, as in the paper.
         seed: Seed of what is drawn at random; default: that of ``seed_everything``, or 0.
         policy: Which groups train when, in the place of ``order``, ``reshuffle`` and ``steps_per_group``: ``BAdam``,
             ``LISA``, ``HFT``, ``IST`` (also by name, with their defaults), or a ``SelectionPolicy`` of your own.
             Default: HiFT.
+        lr_scale: By what to multiply the learning rate while a group is stepped. ``"auto"`` makes up for how rarely it
+            trains, so that the learning rate of full fine-tuning is a good one; see ``lr_scales``. ``1.0`` leaves it as
+            it is, as in the paper. Default: ``"auto"`` with HiFT, 1.0 with other policies.
 
     Raises:
         ValueError: An argument is out of range, or does not go with the policy.
@@ -69,21 +78,23 @@ class HiFTCallback(Callback):
 
     def __init__(
         self,
-        group_size: int | str = 1,
-        order: Order | str = "bottom2up",
+        group_size: int | str | None = None,
+        order: Order | str = _ORDER,
         reshuffle: bool = False,
-        steps_per_group: int = 1,
+        steps_per_group: int = _STEPS_PER_GROUP,
         hold_lr: HoldLR = "replay",
         units: list[str | list[str]] | None = None,
         frozen: list[str] | None = None,
         always_active: list[str] | None = None,
         seed: int | None = None,
         policy: SelectionPolicy | str | None = None,
+        lr_scale: LRScale | None = None,
     ) -> None:
         check_hold_lr(hold_lr)
-        check_group_size(group_size)
         check_count("steps_per_group", steps_per_group)
-        self.group_size = cast(GroupSize, group_size)
+        usual_size, usual_scale = (BALANCED, AUTO) if policy is None else (1, 1.0)
+        self.group_size = cast(GroupSize, usual_size if group_size is None else group_size)
+        check_group_size(self.group_size)
         self.order = cast(Order, order)
         self.reshuffle = reshuffle
         self.steps_per_group = steps_per_group
@@ -92,7 +103,11 @@ class HiFTCallback(Callback):
         self.frozen = frozen
         self.always_active = always_active
         self.seed = seed
-        self.policy = choose_policy(policy, self.order, reshuffle, steps_per_group, self.group_size)
+        self.lr_scale = cast(LRScale, usual_scale if lr_scale is None else lr_scale)
+        check_lr_scale(self.lr_scale)
+        usual = SweepSchedule(order=_ORDER, steps_per_group=_STEPS_PER_GROUP, small_head=True)
+        asked = replace(usual, order=self.order, reshuffle=reshuffle, steps_per_group=steps_per_group)
+        self.policy = choose_policy(policy, replace(asked, per_unit=self.group_size == BALANCED), usual)
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
@@ -180,6 +195,7 @@ class HiFTCallback(Callback):
             strategy.optimizers,
             **self.grouping,
             seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            lr_scale=self.lr_scale,
             advance_on_step=False,
             **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),
         )
@@ -212,9 +228,22 @@ class HiFTCallback(Callback):
             ahead = max(1, engine.policy.steps_per_sweep // config.frequency) if by_step else 1
             config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
 
-    def _warn_about_horizons(self, trainer: pl.Trainer) -> None:
+    def _warn_about_length(self, trainer: pl.Trainer) -> None:
         # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
         total = trainer.estimated_stepping_batches
+        for engine in self._engines:
+            length = engine.policy.steps_per_sweep
+            if isinstance(engine.policy, SweepSchedule) and total < length and not cast(Any, trainer).fast_dev_run:
+                trained = {engine.policy.group_at(step) for step in range(int(total))}
+                missing = [group.name for group in engine.groups if group.index not in trained]
+                if missing:
+                    rank_zero_warn(
+                        f"This run has about {total} optimizer steps, and a sweep over all {len(engine.groups)} layer"
+                        f" groups takes {length}: {len(missing)} of them will not train ({', '.join(missing[:4])})."
+                        " Train longer, or use a smaller steps_per_group or a larger group_size."
+                    )
+        if self.hold_lr != "once":
+            return
         for config in trainer.strategy.lr_scheduler_configs:
             if not is_held(config.scheduler) or config.interval != "step":
                 continue
@@ -231,8 +260,7 @@ class HiFTCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
-        if self.hold_lr == "once":
-            self._warn_about_horizons(trainer)
+        self._warn_about_length(trainer)
         rank_zero_info(self.summary(pl_module))
         refuse_reentrant_modules(pl_module)
         nbytes = getattr(trainer.strategy, "activation_budget", None)
@@ -328,7 +356,8 @@ class HiFTCallback(Callback):
         """The table of groups that is shown at the start of fit."""
         text = [self._engines[0].policy.describe(len(self.groups))]
         for engine in self._engines:
-            text.append(describe_groups(engine.groups, engine.always_active, engine.policy.most_groups))
+            most = engine.policy.most_groups
+            text.append(describe_groups(engine.groups, engine.always_active, most, engine.lr_scales))
             if engine.step:
                 place = engine.step % engine.policy.steps_per_sweep
                 text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_hift.fingerprint import check_fingerprint, make_fingerprint
 from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.lending import Lender
+from lightning_hift.lr_scale import AUTO, LRScale, lr_scales
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_checks import check_counts, check_optimizer, check_resettable, counts_of
@@ -71,6 +72,8 @@ class HiFTEngine:
         weights_dtype: Round the weights to this dtype now, after masters were taken from them.
         max_group_numel: Step larger groups in slices of rows with at most so many elements, so that the device holds
             the state of one slice only. For optimizers that work element by element.
+        lr_scale: By what to multiply the learning rate while a layer group is stepped, or ``"auto"``, by how rarely it
+            trains; see ``lr_scales``. Always-active units are stepped with the learning rate as it is.
 
     Raises:
         ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
@@ -91,6 +94,7 @@ class HiFTEngine:
         master_weights: MasterWeights = "auto",
         weights_dtype: torch.dtype | None = None,
         max_group_numel: int | None = None,
+        lr_scale: LRScale = 1.0,
     ) -> None:
         check_optimizer(optimizer)
         if policy.state_handling == "reset":
@@ -105,6 +109,12 @@ class HiFTEngine:
         self.step = 0
         self._advance_on_step = advance_on_step
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
+        if not self._needs_gradient and lr_scale not in (1.0, AUTO):
+            raise ValueError(
+                f"Got lr_scale={lr_scale!r}, but {type(optimizer).__name__} moves all active parameters at once. Use"
+                " lr_scale=1.0, and set its lr."
+            )
+        self.lr_scales = lr_scales(lr_scale if self._needs_gradient else 1.0, policy, len(self.groups))
         self._held_back = tuple(held_back)
         self._check_ownership()
         self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
@@ -417,7 +427,8 @@ class HiFTEngine:
 
     def _lend(self, owner: int | str, pieces: list[Piece]) -> None:
         now = {piece.parameter for piece in pieces}
-        self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now])
+        scale = self.lr_scales[owner] if isinstance(owner, int) else 1.0
+        self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now], lr_scale=scale)
         if self._proof is not None:
             self._proof.before_step(pieces)
         for watcher in self.watchers:
@@ -576,7 +587,7 @@ class HiFTEngine:
             )
 
     def _fingerprint(self) -> dict[str, Any]:
-        return make_fingerprint(self.policy, self.groups, self.always_active)
+        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales)
 
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""

@@ -14,7 +14,10 @@ _COMPILED = "_orig_mod."
 
 
 def make_fingerprint(
-    policy: SelectionPolicy, groups: Sequence[LayerGroup], always_active: Sequence[LayerUnit]
+    policy: SelectionPolicy,
+    groups: Sequence[LayerGroup],
+    always_active: Sequence[LayerUnit],
+    lr_scales: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Everything that gives a position in the sweep its meaning, in plain values."""
     return {
@@ -22,6 +25,7 @@ def make_fingerprint(
         **policy.fingerprint(),
         "units": _names_of(unit for group in groups for unit in group.units),
         "always_active": _names_of(always_active),
+        **({"lr_scale": list(lr_scales)} if set(lr_scales) != {1.0} else {}),
     }
 
 
@@ -33,7 +37,7 @@ def check_fingerprint(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None
     """
     differences = [
         f"{key}: {_first_difference(saved.get(key), mine.get(key))}"
-        for key in dict.fromkeys(("policy", "state_handling", "turns", *mine))
+        for key in dict.fromkeys(("policy", "state_handling", "turns", "lr_scale", *mine))
         if saved.get(key) != mine.get(key)
     ]
     if differences:

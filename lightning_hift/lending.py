@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
+from lightning_hift.lr_scale import LRScaler
 from lightning_hift.master_weights import HALF_DTYPES, join_master, recheck_master, split_master, store_master
 from lightning_hift.offload import StateOffloader
 from lightning_hift.row_slices import Piece, join_states
@@ -40,6 +41,7 @@ class Lender:
     ) -> None:
         self.master_weights = master_weights
         self.options = SteppedOptions(optimizer)
+        self._lr = LRScaler(optimizer)
         self._optimizer = optimizer
         self._offloader = offloader
         self._pieces: list[Piece] = []  # on loan
@@ -77,7 +79,12 @@ class Lender:
                 self._raised.append(p)
 
     def lend(
-        self, pieces: Sequence[Piece], owner: Hashable, hide: Iterable[nn.Parameter] = (), to_step: bool = True
+        self,
+        pieces: Sequence[Piece],
+        owner: Hashable,
+        hide: Iterable[nn.Parameter] = (),
+        lr_scale: float = 1.0,
+        to_step: bool = True,
     ) -> None:
         """Hand over all that a step of ``pieces`` needs.
 
@@ -85,12 +92,14 @@ class Lender:
             pieces: What is to be stepped.
             owner: Whose counters to use.
             hide: Parameters that must not be stepped now although they have a gradient.
+            lr_scale: By what to multiply the learning rates meanwhile.
             to_step: Whether it is for a step, which leaves out what has no gradient.
         """
         with record_function("HiFT::lend"):
             self._pieces, self._owner = list(pieces), owner
             self._all_groups = self._optimizer.param_groups
             self.options.enter(owner)
+            self._lr.enter(lr_scale)
             try:
                 self._lend(hide, to_step)
             except BaseException:
@@ -120,6 +129,7 @@ class Lender:
         """Take back what ``lend`` has handed over, changed or not."""
         with record_function("HiFT::take_back"):
             self._optimizer.param_groups = self._all_groups
+            self._lr.leave()
             self.options.leave(self._owner, keep_options)
             for entries, index, p in self._replaced:
                 entries[index] = p

@@ -83,6 +83,10 @@ class HFT(SelectionPolicy):
         """About half of the groups."""
         return None
 
+    def share_of(self, index: int) -> float:
+        """See ``SelectionPolicy``."""
+        return 0.5
+
     def split_unit(self, unit: LayerUnit) -> list[LayerUnit]:
         """One part for each module that holds parameters of its own."""
         parts: dict[str, LayerUnit] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from lightning_hift.grouping import LayerGroup
+from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.selection import SelectionPolicy, StateHandling, check_state_handling
 
 Order = Literal["bottom2up", "top2down", "random"]
@@ -31,6 +31,8 @@ class SweepSchedule(SelectionPolicy):
         seed: Seed of the shuffle; ``bound_to`` sets it. Ignored by the other orders.
         state_handling: ``"keep"`` the optimizer state of a group for its next turn, or ``"reset"`` it after each turn.
         per_unit: Let ``steps_per_group`` count for each layer unit of a group: groups of many units have longer turns.
+        small_head: Let the head train at every step, unless the user names others, if it has at most an eighth of the
+            parameters of the largest unit: the head of a classifier does, that of a language model does not.
         turns: Length of each group's turn, as a multiple of ``steps_per_group``; default: 1 each. ``bound_to`` sets it.
 
     Raises:
@@ -44,6 +46,7 @@ class SweepSchedule(SelectionPolicy):
     seed: int = 0
     state_handling: StateHandling = "keep"
     per_unit: bool = False
+    small_head: bool = False
     turns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,6 +86,15 @@ class SweepSchedule(SelectionPolicy):
     def groups_at(self, step: int) -> tuple[int, ...]:
         """``group_at``, as all policies have it."""
         return (self.group_at(step),)
+
+    def choose_always_active(self, units: Sequence[LayerUnit]) -> list[LayerUnit]:
+        """See ``SelectionPolicy``."""
+        most = max((unit.numel for unit in units), default=0) / 8 if self.small_head else 0
+        return [unit for unit in units if unit.name == "head" and unit.numel <= most]
+
+    def share_of(self, index: int) -> float:
+        """See ``SelectionPolicy``."""
+        return (self.turns[index] if self.turns else 1) * self.steps_per_group / self.steps_per_sweep
 
     def bound_to(self, groups: Sequence[LayerGroup], seed: int = 0) -> SweepSchedule:
         """The same schedule over ``groups``."""

@@ -53,6 +53,10 @@ class SelectionPolicy(ABC):
         """How many groups train at once, at most; ``None``: it depends."""
         return 1
 
+    def share_of(self, index: int) -> float:
+        """The share of the optimizer steps in which group ``index`` trains, on average: above 0, and at most 1."""
+        return min(1.0, (self.most_groups or len(self.groups)) / len(self.groups))
+
     def sweep_at(self, step: int) -> int:
         """Number of whole sweeps that were finished before ``step``."""
         return step // self.steps_per_sweep
@@ -60,6 +64,10 @@ class SelectionPolicy(ABC):
     def starts_sweep(self, step: int) -> bool:
         """Whether ``step`` is the first one of a sweep."""
         return step % self.steps_per_sweep == 0
+
+    def choose_always_active(self, units: Sequence[LayerUnit]) -> list[LayerUnit]:
+        """Which of the units of an optimizer train at every step, unless the user names some; see ``always_active``."""
+        return [unit for unit in units if unit.name in self.always_active]
 
     def split_unit(self, unit: LayerUnit) -> list[LayerUnit]:
         """Parts of a layer unit that train on their own: together they hold its parameters, each once."""

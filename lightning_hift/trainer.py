@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_hift.attach import find_groups
 from lightning_hift.callback import HiFTCallback, find_callback
+from lightning_hift.lr_scale import lr_scales
 from lightning_hift.memory import parse_bytes
 from lightning_hift.planner.forecast import Setup
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
@@ -35,8 +36,7 @@ class HiFTTrainer(pl.Trainer):
         All trainable parameters are taken to be in one optimizer.
 
         Args:
-            model: The module to look at; ``policy``, ``units``, ``frozen``, ``always_active`` and ``group_size`` are
-                those of the Trainer's ``HiFTCallback``.
+            model: The module to look at; how groups are formed is as the Trainer's ``HiFTCallback`` says.
             datamodule: Not used.
 
         Raises:
@@ -46,7 +46,9 @@ class HiFTTrainer(pl.Trainer):
         self._build(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (found,) = find_groups(model, [optimizer], **callback.grouping)
-        print(describe_groups(found.groups, found.always_active, callback.policy.most_groups))
+        policy = callback.policy.bound_to(found.groups)
+        scales = lr_scales(callback.lr_scale, policy, len(found.groups))
+        print(describe_groups(found.groups, found.always_active, policy.most_groups, scales))
 
     def plan(
         self,

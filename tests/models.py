@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hift import HiFTModule
+from lightning_hift import HiFTCallback, HiFTModule, HiFTStrategy
 from lightning_hift.tasks.network import NetworkSource, build_network
 
 VOCABULARY, WIDTH = 17, 8
@@ -180,8 +180,16 @@ class Manual(HiFTModule):
         }
 
 
+def as_published(**options: Any) -> HiFTCallback:
+    """The callback with the paper's settings in the place of the defaults; ``hold_lr`` apart."""
+    paper: dict[str, Any] = {"group_size": 1}
+    if options.get("policy") is None:
+        paper |= {"order": "bottom2up", "steps_per_group": 1, "always_active": [], "lr_scale": 1.0}
+    return HiFTCallback(**{**paper, **options})
+
+
 def trainer(**options: Any) -> pl.Trainer:
-    """A quiet Trainer on the CPU."""
+    """A quiet Trainer on the CPU. With HiFT's strategy and no callback of its own, HiFT is as published."""
     quiet = {
         "accelerator": "cpu",
         "devices": 1,
@@ -191,6 +199,10 @@ def trainer(**options: Any) -> pl.Trainer:
         "enable_model_summary": False,
         "max_epochs": 1,
     }
+    callbacks = options.get("callbacks") or []
+    by_strategy = options.get("strategy") == "hift" or isinstance(options.get("strategy"), HiFTStrategy)
+    if by_strategy and not any(isinstance(callback, HiFTCallback) for callback in callbacks):
+        options["callbacks"] = [*callbacks, as_published()]
     return pl.Trainer(**{**quiet, **options})
 
 

@@ -14,7 +14,7 @@ from lightning_hift import HiFTCallback, HiFTStrategy, find_layer_units
 from lightning_hift.data import ClassificationDataModule
 from lightning_hift.tasks import SequenceClassification
 from lightning_hift.tasks.adapters import add_adapter
-from tests.models import language_model
+from tests.models import as_published, language_model
 from tests.text_models import save_network
 
 pytest.importorskip("peft")
@@ -47,7 +47,7 @@ def fit(
     tmp_path: Path, rows: Any, kind: str, ckpt_path: str | None = None, **options: Any
 ) -> tuple[SequenceClassification, pl.Trainer, HiFTCallback]:
     pl.seed_everything(0)
-    callback = HiFTCallback()
+    callback = as_published()
     task = SequenceClassification(
         model=str(save_network(tmp_path / "bert")),
         labels=2,
@@ -105,7 +105,7 @@ def test_adalora_resumes_with_its_ranks(tmp_path: Path, rows: Any) -> None:
             if trainer.global_step == 9:
                 trainer.save_checkpoint(tmp_path / "nine.ckpt")
 
-    whole, _, _ = fit(tmp_path, rows, "ADALORA", callbacks=[HiFTCallback(), Save()])
+    whole, _, _ = fit(tmp_path, rows, "ADALORA", callbacks=[as_published(), Save()])
     resumed, _, _ = fit(tmp_path, rows, "ADALORA", ckpt_path=str(tmp_path / "nine.ckpt"))
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -731,7 +731,7 @@ class WithBudget(HiFTCallback):
     """The calls that a callback has to make."""
 
     def __init__(self, nbytes, **options):
-        super().__init__(**options)
+        super().__init__(1, "bottom2up", steps_per_group=1, lr_scale=1.0, **options)
         self.nbytes = nbytes
         self.counts = []
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback, HiFTStrategy
+from lightning_hift import HiFTStrategy
 from lightning_hift.activations import SavedBytes
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.planner.plan import Setup, make_plan
 from lightning_hift.tasks import CausalLM
 from lightning_hift.tasks.chunked_loss import chunked_loss, refuse_other_losses
-from tests.models import language_model, trainer
+from tests.models import as_published, language_model, trainer
 from tests.test_tasks import TINY
 
 TOKENS = torch.randint(256, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def module(**options: Any) -> CausalLM:
 )
 def test_training_and_validation_are_those_without_chunks(options: dict[str, Any]) -> None:
     def losses(**arguments: Any) -> tuple[float, float]:
-        callbacks = [HiFTCallback()] if "strategy" in options else []
+        callbacks = [as_published()] if "strategy" in options else []
         fitted = trainer(callbacks=callbacks, **options)
         fitted.fit(module(**arguments), rows(), rows())
         return float(fitted.callback_metrics["train_loss"]), float(fitted.callback_metrics["val_loss"])

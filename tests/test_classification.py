@@ -15,13 +15,13 @@ import yaml
 from torch import nn
 from transformers import AutoTokenizer
 
-from lightning_hift import HiFTCallback
 from lightning_hift.cli import main
 from lightning_hift.data import ClassificationDataModule
 from lightning_hift.tasks import SequenceClassification
 from lightning_hift.tasks.export import read_tokenizer_files
 from lightning_hift.tasks.network import NetworkSource, build_network
 from lightning_hift.tasks.weight_decay import decay_groups
+from tests.models import as_published
 from tests.text_models import WORDS, save_network, save_tokenizer
 
 pytest.importorskip("datasets")
@@ -196,7 +196,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
 def test_reviews_are_learnt(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     pl.seed_everything(0)
     if "callbacks" in options:
-        options = {"callbacks": HiFTCallback(always_active=["head"], steps_per_group=2)}
+        options = {"callbacks": as_published(always_active=["head"], steps_per_group=2)}
     task = SequenceClassification(model=str(folder), optimizer=adam, lr_scheduler="linear")
     fitted = trainer(max_epochs=100, check_val_every_n_epoch=100, **options)
     fitted.fit(task, reviews(tmp_path))
@@ -294,7 +294,7 @@ def test_numbers_are_learnt(folder: Path, tmp_path: Path) -> None:
         files=files, label="score", regression=True, cache_dir=str(tmp_path / "cache"), batch_size=4
     )
     task = SequenceClassification(model=str(folder), regression=True, optimizer=adam, lr_scheduler="linear")
-    fitted = trainer(max_epochs=60, check_val_every_n_epoch=60, callbacks=HiFTCallback(always_active=["head"]))
+    fitted = trainer(max_epochs=60, check_val_every_n_epoch=60, callbacks=as_published(always_active=["head"]))
     fitted.fit(task, data)
     assert fitted.callback_metrics["val_pearson"] > 0.9
     assert fitted.callback_metrics["val_spearman"] > 0.9
@@ -338,7 +338,7 @@ def test_other_architectures(tmp_path: Path, model_type: str, sizes: dict[str, A
     folder = save_network(tmp_path / model_type, HEAD, model_type, **sizes)
     save_tokenizer(folder, pad_token=None, eos_token="[SEP]") if model_type in ("gpt2", "llama") else None
     task = SequenceClassification(model=str(folder), optimizer=adam)
-    fitted = trainer(max_steps=20, callbacks=HiFTCallback())
+    fitted = trainer(max_steps=20, callbacks=as_published())
     fitted.fit(task, reviews(tmp_path))
     assert torch.isfinite(fitted.callback_metrics["train_loss"])
     if "pad_token" in sizes or model_type in ("gpt2", "llama"):
@@ -358,7 +358,7 @@ def test_a_text_ends_where_the_padding_of_the_tokenizer_begins(tmp_path: Path) -
 def test_an_adapter_trains_itself_and_the_head(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     task = SequenceClassification(model=str(folder), adapter={"peft_type": "LORA", "r": 2}, optimizer=adam)
-    trainer(max_steps=6, callbacks=HiFTCallback()).fit(task, reviews(tmp_path))
+    trainer(max_steps=6, callbacks=as_published()).fit(task, reviews(tmp_path))
     trained = [name for name, p in task.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name or "classifier" in name for name in trained)

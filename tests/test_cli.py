@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_hift import HiFTCallback, HiFTStrategy
 from lightning_hift.cli import HiFTCLI, HiFTTrainer, main
+from tests.models import as_published
 
 
 class Network(nn.Module):
@@ -217,7 +218,7 @@ def test_a_subclass_can_add_arguments(config: str) -> None:
 
     cli = OwnCLI(Regression, Points, args=["--data.batch_size=5"], run=False, seed_everything_default=0)
     assert cli.model.width == 5
-    assert callback_of(cli).group_size == 1
+    assert callback_of(cli).group_size == "balanced"
 
 
 # --- plain ------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_plain_can_be_saved_and_run_again(config: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("fit --plain=true", "got group_size=2, order='top2down', always_active=['head'] beside plain=true"),
+        ("fit --plain=true", "got group_size=2, always_active=['head'] beside plain=true"),
         ("groups --plain=true", "groups shows layer groups, and plain=true trains without"),
         ("plan --plain=true", "plan shows layer groups, and plain=true trains without"),
         ("fit --plain=maybe", "plain"),
@@ -292,7 +293,7 @@ def test_train_only_goes_with_hift_and_survives_other_callbacks(
 def test_groups_prints_the_table_without_data(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli = run_cli("groups", "--config", config)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["group", "units", "parameters", "bytes", "share"]
+    assert lines[0].split() == ["group", "units", "parameters", "bytes", "share", "learning", "rate"]
     assert lines[2].split()[:6] == ["0", "embedding", "...", "network.blocks.0", "52", "208"]
     assert lines[4].split()[:3] == ["all", "head", "5"]
     assert lines[5].startswith("At most 57 of 97 parameters train at once")
@@ -316,7 +317,7 @@ def test_groups_needs_no_data_module(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_groups_from_python(capsys: pytest.CaptureFixture[str]) -> None:
-    HiFTTrainer(accelerator="cpu", callbacks=HiFTCallback(group_size=4), logger=False).groups(Regression())
+    HiFTTrainer(accelerator="cpu", callbacks=as_published(group_size=4), logger=False).groups(Regression())
     assert "At most 97 of 97 parameters" in capsys.readouterr().out
 
 

@@ -18,12 +18,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
-from lightning_hift import HiFTCallback
 from lightning_hift.cli import main
 from lightning_hift.data import ClassificationDataModule
 from lightning_hift.tasks import CausalLM, SequenceClassification
 from lightning_hift.tasks.export import EXPORT_KEY, export_checkpoint
-from tests.models import trainer
+from tests.models import as_published, trainer
 
 BERT = {
     "hidden_size": 16,
@@ -58,7 +57,7 @@ class Seq2Seq(CausalLM):
 def fitted(module: Any, **options: Any) -> pl.Trainer:
     """A Trainer after two steps on token rows."""
     rows: Any = [{"input_ids": row, "labels": row} for row in IDS]
-    run = trainer(max_steps=2, **{"callbacks": [HiFTCallback()], **options})
+    run = trainer(max_steps=2, **{"callbacks": [as_published()], **options})
     run.fit(module, DataLoader(rows, batch_size=1))
     return run
 
@@ -195,7 +194,7 @@ def test_a_checkpoint_converts_by_one_command(
     module = SequenceClassification(
         model_type="bert", model_config=BERT, lr_scheduler="linear", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)
     )
-    run = trainer(max_epochs=2, callbacks=[HiFTCallback(order="top2down", always_active=["head"])])
+    run = trainer(max_epochs=2, callbacks=[as_published(order="top2down", always_active=["head"])])
     run.fit(module, data)
     command = ["export", "--checkpoint", checkpoint_of(run, tmp_path), "--output", str(tmp_path / "my_model")]
     main(command)

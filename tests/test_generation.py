@@ -10,10 +10,11 @@ import torch
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from lightning_hift import HiFTCallback, HiFTStrategy
+from lightning_hift import HiFTStrategy
 from lightning_hift.data import GenerationDataModule
 from lightning_hift.tasks import ConditionalGeneration
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge
+from tests.models import as_published
 from tests.tiny_texts import SMALL, adam, quiet_trainer, word_tokenizer, write_rows
 
 LETTERS = list("abcdefghij")
@@ -280,7 +281,7 @@ def test_a_tiny_network_learns_a_mapping_by_hift(
     before = quiet_trainer().validate(module, data, verbose=False)[0]
     active = [] if options else ["embedding", "head"]
     steps = 40 if options else 240
-    trainer = quiet_trainer(max_steps=steps, check_val_every_n_epoch=1000, callbacks=HiFTCallback(always_active=active))
+    trainer = quiet_trainer(max_steps=steps, check_val_every_n_epoch=1000, callbacks=as_published(always_active=active))
     trainer.fit(module, data)
     after = quiet_trainer().validate(module, data, verbose=False)[0]
     assert before["val_exact_match"] < 0.3

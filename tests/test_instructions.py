@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback
 from lightning_hift.data import InstructionDataModule
 from lightning_hift.data.chat import ChatEncoder
 from lightning_hift.tasks import CausalLM
+from tests.models import as_published
 from tests.tiny_texts import SMALL, adam, byte_tokenizer, quiet_trainer, word_tokenizer, write_rows
 
 LETTERS = list("abcdefgh")
@@ -219,7 +219,7 @@ def test_a_tiny_network_learns_answers(folder: Path, packing: bool) -> None:
     data = data_of(folder, [], messages=None, files=files, packing=packing, batch_size=16 if not packing else 3)
     torch.manual_seed(0)
     module = CausalLM(model_type="llama", model_config={**SMALL, "initializer_range": 0.1}, optimizer=adam)
-    hift = HiFTCallback(always_active=["embedding", "head"])
+    hift = as_published(always_active=["embedding", "head"])
     trainer = quiet_trainer(max_steps=80, callbacks=hift, num_sanity_val_steps=0, check_val_every_n_epoch=10)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)

@@ -14,9 +14,20 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_hift import HiFTCallback, HiFTStrategy, LayerUpdates
+from lightning_hift import HiFTStrategy, LayerUpdates
 from lightning_hift.layer_updates_plot import plot_layer_updates
-from tests.models import GROUPS, Automatic, Manual, ResumableLoader, loader, next_token_loss, tokens, trainer, weights
+from tests.models import (
+    GROUPS,
+    Automatic,
+    Manual,
+    ResumableLoader,
+    as_published,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+    weights,
+)
 
 UNITS = ["embedding", "net.blocks.0", "net.blocks.1", "net.blocks.2", "head"]
 
@@ -43,7 +54,7 @@ class Snapshots(Automatic):
 
 
 def fit(module: pl.LightningModule, updates: LayerUpdates, steps: int = 10, **options: Any) -> LayerUpdates:
-    callbacks = [updates, *options.pop("callbacks", [HiFTCallback()])]
+    callbacks = [updates, *options.pop("callbacks", [as_published()])]
     trainer(max_steps=steps, max_epochs=None, callbacks=callbacks, **options).fit(module, loader(steps))
     return updates
 
@@ -84,7 +95,7 @@ def test_updates_are_those_of_the_weights(options: dict[str, Any] | None, tmp_pa
 def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     watched, alone = Automatic(), Automatic()
     fit(watched, LayerUpdates(tmp_path, plot=False))
-    trainer(max_steps=10, max_epochs=None, callbacks=[HiFTCallback()]).fit(alone, loader(10))
+    trainer(max_steps=10, max_epochs=None, callbacks=[as_published()]).fit(alone, loader(10))
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
 
 
@@ -110,7 +121,7 @@ def test_masters_are_compared_not_their_rounded_weights(
 
 
 def test_manual_optimization_and_always_active_units(tmp_path: Path) -> None:
-    rows = recorded(tmp_path, Manual(), callbacks=[HiFTCallback(always_active=["head"], steps_per_group=2)], steps=16)
+    rows = recorded(tmp_path, Manual(), callbacks=[as_published(always_active=["head"], steps_per_group=2)], steps=16)
     steps = {(row["sweep"], row["unit"]): row["steps"] for row in rows}
     assert steps == {(s, unit): 8 if unit == "head" else 2 for s in (0, 1) for unit in UNITS}
 
@@ -204,7 +215,7 @@ def test_a_run_that_fails_still_writes(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_the_same_table(hift: bool, tmp_path: Path) -> None:
     def run(folder: str, steps: int, **options: Any) -> tuple[pl.Trainer, LayerUpdates]:
         updates = LayerUpdates(tmp_path / folder, plot=False)
-        made = trainer(max_steps=steps, max_epochs=None, callbacks=[updates, *([HiFTCallback()] if hift else [])])
+        made = trainer(max_steps=steps, max_epochs=None, callbacks=[updates, *([as_published()] if hift else [])])
         made.fit(Automatic(), ResumableLoader(tokens(10)), **options)
         return made, updates
 

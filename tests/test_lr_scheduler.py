@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_hift import HiFTCallback, HiFTEngine, SweepLR
-from tests.models import Automatic, Manual, Net, adamw, loader, next_token_loss, tokens, trainer, weights
+from lightning_hift import HiFTEngine, SweepLR
+from tests.models import Automatic, Manual, Net, adamw, as_published, loader, next_token_loss, tokens, trainer, weights
 
 STEPS = 13  # two sweeps of five groups and a part of the third
 
@@ -49,7 +49,7 @@ def test_replay_holds_within_a_sweep_and_ends_where_plain_steps_end(name, module
             lrs.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     model = Watch(make_scheduler=SCHEDULES[name])
-    run = trainer(callbacks=[HiFTCallback()])
+    run = trainer(callbacks=[as_published()])
     run.fit(model, loader(STEPS))
     plain, scheduler, optimizer = plain_lrs(SCHEDULES[name])
     expected = [plain[step - step % 5] for step in range(STEPS)]
@@ -64,7 +64,7 @@ def test_replay_holds_within_a_sweep_and_ends_where_plain_steps_end(name, module
 
 def test_once_takes_one_step_per_sweep_and_warns():
     model = Automatic(make_scheduler=SCHEDULES["exponential"])
-    run = trainer(callbacks=[HiFTCallback(hold_lr="once")])
+    run = trainer(callbacks=[as_published(hold_lr="once")])
     with pytest.warns(UserWarning, match="ExponentialLR will get about 3 of the 13 steps"):
         run.fit(model, loader(STEPS))
     assert model.lrs == [0.01] * 5 + [0.01 * 0.9] * 5 + [0.01 * 0.9 * 0.9] * 3
@@ -72,7 +72,7 @@ def test_once_takes_one_step_per_sweep_and_warns():
 
 def test_off_leaves_the_scheduler_alone():
     model = Automatic(make_scheduler=SCHEDULES["exponential"])
-    run = trainer(callbacks=[HiFTCallback(hold_lr="off")])
+    run = trainer(callbacks=[as_published(hold_lr="off")])
     run.fit(model, loader(STEPS))
     assert model.lrs == plain_lrs(SCHEDULES["exponential"])[0]
     assert type(run.lr_scheduler_configs[0].scheduler) is schedulers.ExponentialLR
@@ -81,7 +81,7 @@ def test_off_leaves_the_scheduler_alone():
 def test_epoch_schedule_changes_at_the_next_sweep():
     # Epochs of 4 steps, sweeps of 5: the changes of epochs 1 and 2 wait for steps 5 and 10.
     model = Automatic(make_scheduler=lambda o: schedulers.ExponentialLR(o, 0.5), interval="epoch")
-    run = trainer(callbacks=[HiFTCallback()], max_epochs=3)
+    run = trainer(callbacks=[as_published()], max_epochs=3)
     run.fit(model, loader(4))
     assert model.lrs == [0.01] * 5 + [0.005] * 5 + [0.0025] * 2
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
@@ -90,7 +90,7 @@ def test_epoch_schedule_changes_at_the_next_sweep():
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulation(accumulate):
     model = Automatic(make_scheduler=SCHEDULES["lambda"])
-    run = trainer(callbacks=[HiFTCallback()], accumulate_grad_batches=accumulate)
+    run = trainer(callbacks=[as_published()], accumulate_grad_batches=accumulate)
     run.fit(model, loader(8 * accumulate - 1))
     by_step = model.lrs[::accumulate]
     assert by_step == [0.01] * 5 + [0.01 * (1 - 5 / 40)] * 3
@@ -101,7 +101,7 @@ def test_accumulation(accumulate):
 def test_warmup_from_zero_does_not_waste_the_first_sweep(module, steps):
     model = module(make_scheduler=warmup)
     before = weights(model)
-    run = trainer(callbacks=[HiFTCallback()])
+    run = trainer(callbacks=[as_published()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "(?!Detected call of `lr_scheduler)")
@@ -119,7 +119,7 @@ def test_no_schedule_is_stepped_past_its_total():
         return scheduler
 
     model = Automatic(make_scheduler=one_cycle)
-    run = trainer(callbacks=[HiFTCallback()])
+    run = trainer(callbacks=[as_published()])
     run.fit(model, loader(4))
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 4
 

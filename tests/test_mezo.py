@@ -18,6 +18,7 @@ from tests.models import (
     Manual,
     Net,
     ResumableLoader,
+    as_published,
     assert_same_weights,
     loader,
     next_token_loss,
@@ -206,7 +207,7 @@ def schedule(optimizer: torch.optim.Optimizer) -> Any:
 def test_a_resumed_run_is_one_that_was_never_interrupted(hift: bool, tmp_path: Path) -> None:
     def fit(steps: int, **options: Any) -> Manual:
         module = Manual(lambda parameters: MeZO(parameters, **OPTIONS, sparsity=0.3), schedule)
-        callbacks = [HiFTCallback(always_active=["head"])] if hift else []
+        callbacks = [as_published(always_active=["head"])] if hift else []
         run = trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks)
         run.fit(module, ResumableLoader(tokens(8)), **options)
         run.save_checkpoint(tmp_path / f"{steps}.ckpt")
@@ -223,7 +224,7 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(hift: bool, tmp_path: P
 def test_one_group_of_hift_is_plain_mezo(strategy: str) -> None:
     plain, grouped = Manual(mezo), Manual(mezo)
     trainer().fit(plain, loader(4))
-    trainer(strategy=strategy, callbacks=[HiFTCallback(group_size=100)]).fit(grouped, loader(4))
+    trainer(strategy=strategy, callbacks=[as_published(group_size=100)]).fit(grouped, loader(4))
     assert_same_weights(plain, grouped)
 
 

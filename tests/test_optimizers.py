@@ -8,9 +8,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader, SweepLR
+from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader, SweepLR
 from tests.lagging import LaggingDevice
-from tests.models import Automatic, Net, ResumableLoader, assert_same_weights, loader, next_token_loss, tokens, trainer
+from tests.models import (
+    Automatic,
+    Net,
+    ResumableLoader,
+    as_published,
+    assert_same_weights,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+)
 from tests.optimizers import COUNTING, ON_A_GPU, OPTIMIZERS, QUANTIZED, Case, Matrices, of, of_torch, variants
 from tests.reference.round_robin import train_round_robin
 
@@ -142,7 +152,7 @@ ALWAYS_ACTIVE = ["AdamW_loop", "SGD_fused", "Prodigy", "optimi_AdamW", "torchao_
 def test_trainer(name, always_active):
     case = OPTIMIZERS[name]
     module = Module(case)
-    run = trainer(strategy=HiFTStrategy(), callbacks=[HiFTCallback(always_active=always_active)])
+    run = trainer(strategy=HiFTStrategy(), callbacks=[as_published(always_active=always_active)])
     run.fit(module, loader(STEPS))
     engine = run.callbacks[0].engines[0]
     assert engine.step == STEPS

@@ -16,6 +16,7 @@ from lightning_hift.data import InstructionDataModule, PretrainingDataModule
 from lightning_hift.data.packing import TokenBlocks, first_fit_decreasing, join_documents
 from lightning_hift.tasks import CausalLM
 from lightning_hift.tasks.packing_trial import refuse_contamination
+from tests.models import as_published
 from tests.tiny_texts import SMALL, adam, quiet_trainer, word_tokenizer, write_rows
 
 SPECIFIC = {"opt": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "gemma3_text": {"sliding_window": 4, "head_dim": 8}}
@@ -346,12 +347,11 @@ def instructions(folder: Path) -> InstructionDataModule:
 
 @pytest.mark.parametrize("make_data", [pretraining, instructions])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(folder: Path, make_data: Any) -> None:
-    from lightning_hift import HiFTCallback
 
     def fit(steps: int, ckpt_path: str | None = None) -> tuple[pl.Trainer, Recorder]:
         torch.manual_seed(0)
         module = Recorder(model_type="llama", model_config=SMALL, optimizer=adam)
-        trainer = quiet_trainer(max_steps=steps, callbacks=HiFTCallback())
+        trainer = quiet_trainer(max_steps=steps, callbacks=as_published())
         trainer.fit(module, datamodule=make_data(folder), ckpt_path=ckpt_path)
         return trainer, module
 

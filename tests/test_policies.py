@@ -38,6 +38,7 @@ from tests.models import (
     Net,
     ResumableLoader,
     adamw,
+    as_published,
     assert_same_weights,
     loader,
     next_token_loss,
@@ -489,7 +490,7 @@ def test_a_closed_engine_goes_on_where_it_stood():
 
 
 def fit(model, policy, count=12, **options):
-    callbacks = [HiFTCallback(policy=policy, seed=SEED), *options.pop("callbacks", [])]
+    callbacks = [as_published(policy=policy, seed=SEED), *options.pop("callbacks", [])]
     run = trainer(callbacks=callbacks, **options)
     run.fit(model, loader(count))
     return run
@@ -511,7 +512,7 @@ def test_the_callback_trains_as_the_plain_loop(name, strategy, accumulate):
 @pytest.mark.parametrize("name", ["ist", "ist_reset", "lisa_reset", "hft", "badam"])
 def test_resume_in_a_trainer(name, cut, tmp_path):
     def start(steps):
-        callback = HiFTCallback(policy=POLICIES[name](), seed=SEED)
+        callback = as_published(policy=POLICIES[name](), seed=SEED)
         return trainer(strategy="hift", callbacks=[callback], max_epochs=-1, max_steps=steps)
 
     batches = tokens(9)
@@ -538,7 +539,7 @@ def test_reset_state_needs_less_of_the_host():
 @pytest.mark.parametrize(("policy", "written"), [(LISA(2, 5), 2 / 3), (HFT(), 1 / 2), (SweepSchedule(), 1 / 5)])
 def test_what_a_disk_is_in_for(policy, written, tmp_path, caplog):
     model = Automatic()
-    callback = HiFTCallback(policy=policy)
+    callback = as_published(policy=policy)
     optimizer = adamw(model.parameters())
     told = check_before_run(
         model,
@@ -617,7 +618,7 @@ class Two(pl.LightningModule):
 
 @pytest.mark.parametrize("name", ["ist", "lisa_reset", "badam", "hft"])
 def test_one_pattern_serves_several_optimizers_and_fits(name):
-    callback, batches = HiFTCallback(policy=POLICIES[name](), seed=SEED, always_active=[]), tokens(9)
+    callback, batches = as_published(policy=POLICIES[name](), seed=SEED, always_active=[]), tokens(9)
     for _ in range(2):
         model = Two()
         trainer(callbacks=[callback]).fit(model, loader(9))
@@ -647,7 +648,7 @@ def test_what_is_logged_and_shown(capsys, caplog):
     assert callback.summary(run.lightning_module).startswith(
         "LISA over 3 layer groups: state_handling=keep, num_blocks=2"
     )
-    assert HiFTCallback().policy.describe(5) == "HiFT: bottom2up over 5 layer groups, 1 step(s) each"
+    assert as_published().policy.describe(5) == "HiFT: bottom2up over 5 layer groups, 1 step(s) each"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -665,8 +666,8 @@ def test_what_is_logged_and_shown(capsys, caplog):
         (lambda: HFT(True), "Got steps_per_half=True"),
         (lambda: IST(explore=0), "Got explore=0; it must be above 0"),
         (lambda: IST(importance_rate=-1), "Got importance_rate=-1"),
-        (lambda: HiFTCallback(policy=LISA(), steps_per_group=2), "beside the policy LISA, which decides by itself"),
-        (lambda: HiFTCallback(policy=LISA(), order="random"), "Got order='random'.* Leave them out"),
+        (lambda: as_published(policy=LISA(), steps_per_group=2), "beside the policy LISA, which decides by itself"),
+        (lambda: as_published(policy=LISA(), order="random"), r"Got order='random' beside .* Leave that out"),
         (lambda: attach(Net(), LISA(4)), "Got num_blocks=4 for LISA, but only 3 layer groups take turns"),
         (
             lambda: attach(Net(), HFT(), group_size=2),
@@ -684,10 +685,10 @@ def test_bad_arguments(make, message):
 
 def test_a_class_is_no_policy_but_its_name_is():
     with pytest.raises(TypeError, match=r"it must be a SelectionPolicy, such as lightning_hift.LISA\(\)"):
-        HiFTCallback(policy=LISA)
-    assert isinstance(HiFTCallback(policy="LISA").policy, LISA)
+        as_published(policy=LISA)
+    assert isinstance(as_published(policy="LISA").policy, LISA)
     with pytest.raises(ValueError, match="Got policy='Lisa'; choose one of 'BAdam', 'LISA', 'HFT', 'IST'"):
-        HiFTCallback(policy="Lisa")
+        as_published(policy="Lisa")
 
 
 def run_yaml(policy):

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from lightning_hift import HiFTCallback, TrainingSpeed, training_speed
+from lightning_hift import TrainingSpeed, training_speed
 from lightning_hift.tasks import CausalLM
-from tests.models import Automatic, loader, trainer
+from tests.models import Automatic, as_published, loader, trainer
 
 GPT2 = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 TOKENS, SAMPLES = "train_tokens_per_second", "train_samples_per_second"
@@ -125,7 +125,7 @@ def test_any_batch(batch: Any, samples: int | None, tokens: int | None) -> None:
 
 
 def test_a_module_without_tokens_shows_samples() -> None:
-    run = trainer(callbacks=[HiFTCallback(), TrainingSpeed()])
+    run = trainer(callbacks=[as_published(), TrainingSpeed()])
     run.fit(Automatic(), loader(6))
     assert run.progress_bar_metrics[SAMPLES] > 0
     assert TOKENS not in run.callback_metrics
@@ -135,7 +135,7 @@ def test_a_module_without_tokens_shows_samples() -> None:
 
 
 def fit(**options: Any) -> pl.Trainer:
-    run = trainer(log_every_n_steps=2, callbacks=[HiFTCallback(), *options.pop("callbacks", [])], **options)
+    run = trainer(log_every_n_steps=2, callbacks=[as_published(), *options.pop("callbacks", [])], **options)
     run.fit(CausalLM(model_type="gpt2", model_config=GPT2), DataLoader(padded([4] * 6), batch_size=None))  # type: ignore[arg-type]
     return run
 

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback
 from lightning_hift.data import PromptDataModule
 from lightning_hift.tasks import PromptClassification
+from tests.models import as_published
 from tests.text_models import SPECIAL, WORDS, save_network, save_tokenizer
 from tests.tiny_texts import SMALL
 
@@ -95,7 +95,7 @@ def test_blanks_are_learnt(tmp_path: Path, masked: bool) -> None:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     )
     data = prompts(tmp_path, template=MASKED if masked else CAUSAL)
-    fitted = trainer(max_epochs=10, check_val_every_n_epoch=10, callbacks=HiFTCallback())
+    fitted = trainer(max_epochs=10, check_val_every_n_epoch=10, callbacks=as_published())
     fitted.fit(task, data)
     assert fitted.callback_metrics["val_accuracy"] == 1
     records = [record for batch in trainer().predict(task, data) for record in batch]  # type: ignore[union-attr]

@@ -17,12 +17,12 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_hift import HiFTCallback
 from lightning_hift.cli import main
 from lightning_hift.data import FileFormat, QuestionAnsweringDataModule
 from lightning_hift.tasks import QuestionAnswering
 from lightning_hift.tasks.answer_spans import AnswerScores, best_spans
 from lightning_hift.tasks.entities import EntityScores
+from tests.models import as_published
 from tests.reference import squad_answers
 from tests.tiny_tokenizers import byte_level, wordpiece
 
@@ -455,7 +455,7 @@ def test_hift_learns_to_answer(tmp_path: Path, tokenizer: str) -> None:
     module, data = tiny(null_threshold=0.0), toy(tmp_path, tokenizer)
     before = trainer().validate(module, data, verbose=False)[0]
     assert len(data.examples["validation"]) > 40  # most contexts are spread over several rows
-    trainer(max_epochs=12, callbacks=HiFTCallback(), num_sanity_val_steps=0).fit(module, data)
+    trainer(max_epochs=12, callbacks=as_published(), num_sanity_val_steps=0).fit(module, data)
     after = trainer().validate(module, data, verbose=False)[0]
     assert set(after) == {"val_loss", "val_exact_match", "val_f1"}
     assert before["val_f1"] < 0.5
@@ -519,7 +519,7 @@ def test_other_architectures_work(tmp_path: Path, tokenizer: str, model_type: st
     if model_type == "gpt2":
         tokenizer = byte_level([TEXT], tmp_path / "bytes")
     module = tiny(model_type=model_type, model_config=config)
-    fitted = trainer(max_steps=4, callbacks=HiFTCallback(), num_sanity_val_steps=0)
+    fitted = trainer(max_steps=4, callbacks=as_published(), num_sanity_val_steps=0)
     fitted.fit(module, toy(tmp_path, tokenizer, max_length=32))
     assert fitted.logged_metrics["train_loss"] > 0
     assert len((trainer().predict(module, toy(tmp_path, tokenizer, max_length=32)) or [[]])[0]) == 16
@@ -559,7 +559,7 @@ def test_module_works_without_the_data_module() -> None:
 )
 def test_adapters_work(tmp_path: Path, tokenizer: str, adapter: dict[str, Any]) -> None:
     module, data = tiny(adapter=adapter), toy(tmp_path, tokenizer)
-    fitted = trainer(max_steps=6, callbacks=HiFTCallback(), limit_val_batches=2)
+    fitted = trainer(max_steps=6, callbacks=as_published(), limit_val_batches=2)
     fitted.fit(module, data)
     assert 0 < fitted.logged_metrics["train_loss"] < 10
     assert len((trainer(limit_predict_batches=1).predict(module, data) or [[]])[0]) == data.batch_size
@@ -576,7 +576,7 @@ class Batches(Callback):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, tokenizer: str) -> None:
     def fit(steps: int, ckpt_path: str | None = None) -> tuple[pl.Trainer, QuestionAnswering, Batches]:
         module, batches = tiny(), Batches()
-        fitted = trainer(max_steps=steps, callbacks=[HiFTCallback(), batches], num_sanity_val_steps=0)
+        fitted = trainer(max_steps=steps, callbacks=[as_published(), batches], num_sanity_val_steps=0)
         fitted.fit(module, toy(tmp_path, tokenizer), ckpt_path=ckpt_path)
         return fitted, module, batches
 

@@ -16,11 +16,11 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import PolynomialLR
 
-from lightning_hift import HiFTCallback
 from lightning_hift.benchmark import FullFineTuningComparison
 from lightning_hift.benchmark.comparison import _FullRun, _StretchedLR
 from lightning_hift.data import PythonSourceDataModule
 from lightning_hift.tasks import CausalLM
+from tests.models import as_published
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TINY = {
@@ -113,7 +113,7 @@ def numbers_of(table: str, row: str) -> list[str]:
 
 def test_comparison_is_fair_and_counts_right(data: PythonSourceDataModule, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = FullFineTuningComparison(lr_factor=0.25)
-    fitted = trainer(comparison, 20, HiFTCallback())
+    fitted = trainer(comparison, 20, as_published())
     model = module(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         lr_scheduler=lambda optimizer: PolynomialLR(optimizer, 20),
@@ -144,7 +144,7 @@ def test_comparison_is_fair_and_counts_right(data: PythonSourceDataModule, capsy
 
 
 def test_comparison_works_without_a_scheduler(data: PythonSourceDataModule, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(FullFineTuningComparison(lr_factor=0.5), 6, HiFTCallback()).fit(module(), data)
+    trainer(FullFineTuningComparison(lr_factor=0.5), 6, as_published()).fit(module(), data)
     assert [run["rates"][-1] for run in RecordingLM.seen] == [pytest.approx(1e-3), pytest.approx(5e-4)]
     assert "val_bits_per_byte" in capsys.readouterr().out
 
@@ -171,8 +171,8 @@ def test_comparison_refuses_what_it_cannot_compare(data: PythonSourceDataModule,
     with pytest.raises(MisconfigurationException, match="no HiFT run to compare with"):
         trainer(FullFineTuningComparison(), 2).fit(module(), data)
     model = module()
-    fitted = trainer(FullFineTuningComparison(), 2, HiFTCallback())
+    fitted = trainer(FullFineTuningComparison(), 2, as_published())
     fitted.fit(model, data)
     fitted.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(MisconfigurationException, match="goes on from step 2"):
-        trainer(FullFineTuningComparison(), 4, HiFTCallback()).fit(model, data, ckpt_path=str(tmp_path / "run.ckpt"))
+        trainer(FullFineTuningComparison(), 4, as_published()).fit(model, data, ckpt_path=str(tmp_path / "run.ckpt"))

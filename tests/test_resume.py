@@ -16,10 +16,20 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTStrategy, StreamingCheckpointIO, SweepSchedule
+from lightning_hift import HiFTStrategy, StreamingCheckpointIO, SweepSchedule
 from lightning_hift.fingerprint import make_fingerprint
 from lightning_hift.grouping import LayerGroup, LayerUnit
-from tests.models import Automatic, Manual, ResumableLoader, assert_same_weights, loader, tokens, trainer, weights
+from tests.models import (
+    Automatic,
+    Manual,
+    ResumableLoader,
+    as_published,
+    assert_same_weights,
+    loader,
+    tokens,
+    trainer,
+    weights,
+)
 from tests.test_trainer import LaggingStrategy
 
 OPTIMIZERS = {
@@ -35,7 +45,7 @@ WAYS_IN = {
 
 
 def random_order():
-    return HiFTCallback(order="random", reshuffle=True, seed=4)
+    return as_published(order="random", reshuffle=True, seed=4)
 
 
 def schedule(optimizer):
@@ -141,10 +151,10 @@ def test_saved_by_a_callback_that_runs_before_ours(tmp_path):
             if batch_idx == 6:
                 run.save_checkpoint(tmp_path / "early.ckpt")
 
-    whole, second = (trainer(callbacks=[HiFTCallback()], max_epochs=1) for _ in range(2))
+    whole, second = (trainer(callbacks=[as_published()], max_epochs=1) for _ in range(2))
     batches = tokens(9)
     early = Early()
-    whole = trainer(callbacks=[early, HiFTCallback()])
+    whole = trainer(callbacks=[early, as_published()])
     whole.fit(Automatic(make_scheduler=schedule), ResumableLoader(batches))
     second.fit(Automatic(make_scheduler=schedule), ResumableLoader(batches), ckpt_path=tmp_path / "early.ckpt")
     assert_same_run(whole, second)
@@ -172,7 +182,7 @@ def test_hift_checkpoint_opens_in_plain_lightning_and_back(tmp_path):
 
 
 def test_checkpoint_holds_what_plain_adamw_saves(tmp_path):
-    run, plain = trainer(callbacks=[HiFTCallback(group_size=99)]), trainer()
+    run, plain = trainer(callbacks=[as_published(group_size=99)]), trainer()
     for t in (run, plain):
         t.fit(Automatic(), loader(3))
         t.save_checkpoint(tmp_path / "c.ckpt")
@@ -188,7 +198,7 @@ def test_checkpoint_of_another_grouping_is_refused(tmp_path):
     run = trainer(strategy="hift")
     run.fit(Automatic(), loader(3))
     run.save_checkpoint(tmp_path / "c.ckpt")
-    other = trainer(callbacks=[HiFTCallback(group_size=2, order="top2down")])
+    other = trainer(callbacks=[as_published(group_size=2, order="top2down")])
     with pytest.raises(ValueError, match=r"group_size: 1 against 2; order: 'bottom2up' against 'top2down'"):
         other.fit(Automatic(), loader(3), ckpt_path=tmp_path / "c.ckpt")
 
@@ -269,7 +279,7 @@ def test_truncated_file(tmp_path, kept):
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     with pytest.raises(RuntimeError, match=r"c.ckpt \([\d,]+ bytes\) is truncated or damaged"):
-        trainer(callbacks=[HiFTCallback()]).fit(Automatic(), loader(2), ckpt_path=path)
+        trainer(callbacks=[as_published()]).fit(Automatic(), loader(2), ckpt_path=path)
 
 
 def test_damaged_file(tmp_path):
@@ -284,7 +294,7 @@ def test_resumed_with_each_way_to_hold_the_learning_rate(hold_lr, tensor_lr, tmp
     def start(steps, callbacks=()):
         lr = torch.tensor(0.02) if tensor_lr else 0.02
         model = Automatic(lambda p: torch.optim.AdamW(p, lr=lr), schedule)
-        callbacks = [HiFTCallback(hold_lr=hold_lr), *callbacks]
+        callbacks = [as_published(hold_lr=hold_lr), *callbacks]
         return model, trainer(
             callbacks=callbacks, max_epochs=-1, max_steps=steps, enable_checkpointing=len(callbacks) > 1
         )
@@ -314,7 +324,7 @@ def test_a_users_own_checkpoint_io_is_left_alone():
     class Own(StreamingCheckpointIO):
         pass
 
-    run = trainer(callbacks=[HiFTCallback()], plugins=[Own()])
+    run = trainer(callbacks=[as_published()], plugins=[Own()])
     run.fit(Automatic(), loader(2))
     assert type(run.strategy.checkpoint_io) is Own
 

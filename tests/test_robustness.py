@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_hift import HiFTCallback, HiFTEngine, StateOffloader, SweepLR
+from lightning_hift import HiFTEngine, StateOffloader, SweepLR
 from tests.lagging import LaggingDevice
 from tests.models import (
     GROUPS,
@@ -16,6 +16,7 @@ from tests.models import (
     Net,
     ResumableLoader,
     adamw,
+    as_published,
     assert_same_weights,
     loader,
     next_token_loss,
@@ -45,7 +46,7 @@ def lrs_of(make_scheduler, steps=13, frequency=1, make_optimizer=adamw, **option
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     seen = []
-    run = trainer(callbacks=[HiFTCallback(**options)])
+    run = trainer(callbacks=[as_published(**options)])
     run.fit(Watch(), loader(steps))
     return seen, run
 
@@ -71,7 +72,7 @@ def test_freezing_after_grouping_is_refused(hook):
     model = Automatic()
     setattr(model, hook, lambda: model.net.blocks[1].requires_grad_(False))
     with pytest.raises(RuntimeError, match=r"\['net.blocks.1.norm.weight'.*were frozen after HiFT"):
-        trainer(callbacks=[HiFTCallback()]).fit(model, loader(3))
+        trainer(callbacks=[as_published()]).fit(model, loader(3))
 
 
 @pytest.mark.parametrize("hook", ["__init__", "configure_model", "setup"])
@@ -114,7 +115,7 @@ def test_accumulation_over_losses_that_reach_different_layers():
 
     model = Alternates()
     before = weights(model)
-    callback = HiFTCallback(units=UNITS, frozen=["net.blocks.1", "net.blocks.2", "net.norm"])
+    callback = as_published(units=UNITS, frozen=["net.blocks.1", "net.blocks.2", "net.norm"])
     trainer(callbacks=[callback], accumulate_grad_batches=2).fit(model, loader(16))
     moved = {name.split(".")[0] for name, p in weights(model).items() if not torch.equal(p, before[name])}
     assert moved == {"embedding", "blocks", "head", "other"}
@@ -134,7 +135,7 @@ def test_two_backward_passes_by_hand():
 
     model = TwoPasses()
     before = weights(model)
-    callback = HiFTCallback(units=UNITS, frozen=["net.blocks.1", "net.blocks.2", "net.norm"])
+    callback = as_published(units=UNITS, frozen=["net.blocks.1", "net.blocks.2", "net.norm"])
     trainer(callbacks=[callback]).fit(model, loader(4))
     moved = {name.split(".")[0] for name, p in weights(model).items() if not torch.equal(p, before[name])}
     assert moved == {"embedding", "blocks", "head", "other"}
@@ -272,7 +273,7 @@ def test_loading_waits_for_saving_chunk_by_chunk_only(monkeypatch):
 
 
 def test_callback_can_be_copied_and_pickled_after_fit():
-    callback = HiFTCallback(order="top2down")
+    callback = as_published(order="top2down")
     trainer(callbacks=[callback]).fit(Automatic(), loader(2))
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert twin.order == "top2down"
@@ -302,7 +303,7 @@ def test_no_optimizer():
 @pytest.mark.parametrize("value", [1.5, "2", 0, True])
 def test_group_size_is_a_whole_number(value):
     with pytest.raises(ValueError, match=f"Got group_size={value!r}; it must be a whole number"):
-        HiFTCallback(group_size=value)
+        as_published(group_size=value)
 
 
 def test_compiled_and_plain_module_share_checkpoints():
@@ -370,7 +371,7 @@ def test_bound_methods_of_the_module_are_not_copied():
 
     calls = []
     model = Module()
-    run = trainer(callbacks=[HiFTCallback()])
+    run = trainer(callbacks=[as_published()])
     run.fit(model, loader(7))
     assert {id(module) for module in calls} == {id(model)}
 
@@ -433,7 +434,7 @@ def test_scheduler_whose_step_takes_an_epoch():
             scheduler.step(epoch=self.global_step)
 
     model = Module(make_scheduler=Required)
-    run = trainer(callbacks=[HiFTCallback()])
+    run = trainer(callbacks=[as_published()])
     with pytest.warns(UserWarning, match="kept their value"):
         run.fit(model, loader(13))
     assert run.lr_scheduler_configs[0].scheduler.epoch == 13

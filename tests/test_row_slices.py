@@ -7,10 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
+from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader
 from lightning_hift.row_slices import cut_into_turns, steps_element_wise
 from tests.lagging import LaggingDevice
-from tests.models import Automatic, Net, ResumableLoader, assert_same_weights, loader, next_token_loss, tokens, trainer
+from tests.models import (
+    Automatic,
+    Net,
+    ResumableLoader,
+    as_published,
+    assert_same_weights,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+)
 
 WIDTH, VOCABULARY = 64, 50
 
@@ -124,7 +134,7 @@ def test_in_a_trainer_with_resume(tmp_path):
 
 
 def test_every_slice_is_proved_to_have_moved(caplog):
-    trainer(strategy=HiFTStrategy(max_group_numel=300), callbacks=[HiFTCallback()]).fit(Module(), loader(6))
+    trainer(strategy=HiFTStrategy(max_group_numel=300), callbacks=[as_published()]).fit(Module(), loader(6))
     assert "all 7 trainable parameters were updated" in caplog.text
 
 

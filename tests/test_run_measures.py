@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_hift import HiFTCallback
 from lightning_hift.benchmark import RunMeasures
 from lightning_hift.benchmark.run_meter import RunMeter, Seconds
+from tests.models import as_published
 
 STEPS = 9
 
@@ -81,7 +81,7 @@ def test_full_fine_tuning_has_gradients_and_state_of_everything(tmp_path):
 
 
 def test_hift_has_those_of_one_group(tmp_path):
-    model, found = measured(tmp_path, HiFTCallback())
+    model, found = measured(tmp_path, as_published())
     sizes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in model.layers.named_children()}
     by_group = found["memory_by_group"]
     assert [by_group[name]["gradients"] for name in by_group] == list(sizes.values())
@@ -104,9 +104,9 @@ def test_the_curve_has_a_point_for_each_validation(tmp_path):
 
 @pytest.mark.parametrize("hift", [False, True])
 def test_measuring_changes_no_weight(tmp_path, hift):
-    callbacks = [HiFTCallback(order="top2down")] if hift else []
+    callbacks = [as_published(order="top2down")] if hift else []
     model, _ = measured(tmp_path, *callbacks)
-    other = fit([HiFTCallback(order="top2down")] if hift else [])
+    other = fit([as_published(order="top2down")] if hift else [])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 

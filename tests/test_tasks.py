@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_hift import HiFTCallback
 from lightning_hift.data import PythonSourceDataModule
 from lightning_hift.tasks import CausalLM
+from tests.models import as_published
 
 TINY = {
     "vocab_size": 256,
@@ -53,7 +53,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 def test_loss_falls_and_is_logged_in_bits_too(data: PythonSourceDataModule) -> None:
     module = tiny(optimizer=adam)
     before = trainer().validate(module, data, verbose=False)[0]
-    fitted = trainer(max_steps=60, callbacks=HiFTCallback(always_active=["head"]), num_sanity_val_steps=0)
+    fitted = trainer(max_steps=60, callbacks=as_published(always_active=["head"]), num_sanity_val_steps=0)
     fitted.fit(module, data)
     after = trainer().validate(module, data, verbose=False)[0]
 

@@ -14,10 +14,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback
 from lightning_hift.data import ClassificationDataModule, FileFormat
 from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
 from lightning_hift.data.tables import FAULT, PLACE, read_files, read_hub, without_bad_rows
+from tests.models import as_published
 from tests.text_models import save_network, save_tokenizer
 
 pytest.importorskip("datasets")
@@ -448,7 +448,7 @@ def test_a_fit_resumes_in_mid_epoch(tmp_path: Path, accumulate: int) -> None:
         data = module(tmp_path, batch_size=2, tokenizer=None)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=3, callbacks=HiFTCallback(), default_root_dir=tmp_path, **quiet
+            accelerator="cpu", max_epochs=3, callbacks=as_published(), default_root_dir=tmp_path, **quiet
         )
         if checkpoint is None and steps:
             trainer.callbacks.append(StopAt(steps, tmp_path / "mid.ckpt"))

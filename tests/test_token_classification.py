@@ -15,11 +15,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from lightning.pytorch.callbacks import Callback
 
-from lightning_hift import HiFTCallback
 from lightning_hift.cli import main
 from lightning_hift.data import FileFormat, TokenClassificationDataModule
 from lightning_hift.tasks import TokenClassification
 from lightning_hift.tasks.entities import EntityScores, entities_in, mark_entities
+from tests.models import as_published
 from tests.reference import conlleval
 from tests.tiny_tokenizers import byte_level, wordpiece
 
@@ -336,7 +336,7 @@ def toy(tmp_path: Path, tokenizer: str, **options: Any) -> TokenClassificationDa
 def test_hift_learns_to_find_entities(tmp_path: Path, tokenizer: str) -> None:
     module, data = tiny(), toy(tmp_path, tokenizer)
     before = trainer().validate(module, data, verbose=False)[0]
-    trainer(max_epochs=16, callbacks=HiFTCallback(), num_sanity_val_steps=0).fit(module, data)
+    trainer(max_epochs=16, callbacks=as_published(), num_sanity_val_steps=0).fit(module, data)
     after = trainer().validate(module, data, verbose=False)[0]
     assert set(after) == {f"val_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1")}
     assert before["val_f1"] < 0.5
@@ -412,7 +412,7 @@ def test_a_model_without_the_head_is_refused() -> None:
 )
 def test_adapters_work(tmp_path: Path, tokenizer: str, adapter: dict[str, Any]) -> None:
     module, data = tiny(adapter=adapter), toy(tmp_path, tokenizer)
-    fitted = trainer(max_steps=6, callbacks=HiFTCallback(), limit_val_batches=2)
+    fitted = trainer(max_steps=6, callbacks=as_published(), limit_val_batches=2)
     fitted.fit(module, data)
     assert 0 < fitted.logged_metrics["train_loss"] < 10
     assert len((trainer(limit_predict_batches=1).predict(module, data) or [[]])[0]) == data.batch_size
@@ -429,7 +429,7 @@ class Batches(Callback):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, tokenizer: str) -> None:
     def fit(steps: int, ckpt_path: str | None = None) -> tuple[pl.Trainer, TokenClassification, Batches]:
         module, batches = tiny(), Batches()
-        fitted = trainer(max_steps=steps, callbacks=[HiFTCallback(), batches], num_sanity_val_steps=0)
+        fitted = trainer(max_steps=steps, callbacks=[as_published(), batches], num_sanity_val_steps=0)
         fitted.fit(module, toy(tmp_path, tokenizer), ckpt_path=ckpt_path)
         return fitted, module, batches
 

@@ -10,8 +10,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback, TrainOnly
-from tests.models import Automatic, Manual, Net, ResumableLoader, assert_same_weights, loader, tokens, trainer, weights
+from lightning_hift import TrainOnly
+from tests.models import (
+    Automatic,
+    Manual,
+    Net,
+    ResumableLoader,
+    as_published,
+    assert_same_weights,
+    loader,
+    tokens,
+    trainer,
+    weights,
+)
 
 HEAD = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
 BIASES = {name for name, _ in Net().named_parameters() if name.endswith("bias")}
@@ -60,7 +71,7 @@ def test_only_what_matches_trains(kind: Any, strategy: str, patterns: list[str],
 
 
 def test_hift_takes_turns_over_what_is_left() -> None:
-    hift = HiFTCallback()
+    hift = as_published()
     trainer(callbacks=[hift, TrainOnly(["*bias"])]).fit(Automatic(), loader(5))
     assert [group.name for group in hift.groups] == ["net.blocks.0", "net.blocks.1", "net.blocks.2", "head"]
     assert {name.removeprefix("net.") for group in hift.groups for name in group.parameters} == BIASES
@@ -70,7 +81,7 @@ def test_hift_takes_turns_over_what_is_left() -> None:
 def test_a_resumed_run_trains_the_same(hift: bool, tmp_path: Path) -> None:
     def fit(steps: int, **options: Any) -> Automatic:
         module = Automatic()
-        callbacks = [TrainOnly(["*bias", "head"]), *([HiFTCallback()] if hift else [])]
+        callbacks = [TrainOnly(["*bias", "head"]), *([as_published()] if hift else [])]
         run = trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks)
         run.fit(module, ResumableLoader(tokens(8)), **options)
         run.save_checkpoint(tmp_path / f"{steps}.ckpt")

@@ -22,14 +22,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
+from lightning_hift.attach import find_groups
 from tests.lagging import LaggingDevice
 from tests.models import (
     GROUPS,
+    WIDTH,
     Automatic,
     Block,
     Manual,
     Net,
     adamw,
+    as_published,
     assert_same_weights,
     loader,
     next_token_loss,
@@ -49,8 +52,8 @@ class LaggingStrategy(HiFTStrategy):
 
 WAYS_IN = {
     "strategy": lambda: {"strategy": "hift"},
-    "callback": lambda: {"callbacks": [HiFTCallback()]},
-    "both": lambda: {"strategy": HiFTStrategy(), "callbacks": [HiFTCallback()]},
+    "callback": lambda: {"callbacks": [as_published()]},
+    "both": lambda: {"strategy": HiFTStrategy(), "callbacks": [as_published()]},
     "lagging": lambda: {"strategy": LaggingStrategy()},
     "resident": lambda: {"strategy": HiFTStrategy(offload="none")},
     "late": lambda: {"strategy": HiFTStrategy(prefetch=False)},
@@ -101,7 +104,7 @@ def test_clipping_by_value():
 
 def test_one_group_equals_plain_lightning():
     model, plain = Automatic(make_scheduler=linear_decay), Automatic(make_scheduler=linear_decay)
-    trainer(callbacks=[HiFTCallback(group_size=100)]).fit(model, loader(9))
+    trainer(callbacks=[as_published(group_size=100)]).fit(model, loader(9))
     trainer().fit(plain, loader(9))
     assert_same_weights(model, plain)
 
@@ -240,7 +243,7 @@ def test_overflow_in_mixed_precision_skips_the_step_safely(module):
     changed = []
     model = Overflowing()
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
-    run = trainer(plugins=[precision], callbacks=[HiFTCallback(), Watch()])
+    run = trainer(plugins=[precision], callbacks=[as_published(), Watch()])
     with pytest.warns(UserWarning, match="6 were not stepped .gradients overflowed"):
         run.fit(model, loader(10))
     assert changed == [set(GROUPS[i % 5]) if i != 2 else set() for i in range(10)]
@@ -266,7 +269,7 @@ def test_user_frozen_parameters_stay_frozen_and_requires_grad_is_restored():
     for p in model.net.blocks[1].parameters():
         p.requires_grad_(False)
     before = weights(model)
-    callback = HiFTCallback(frozen=["net.embedding"])
+    callback = as_published(frozen=["net.embedding"])
     trainer(callbacks=[callback]).fit(model, loader(8))
     after = weights(model)
     assert len(callback.groups) == 3
@@ -362,13 +365,14 @@ def test_fast_dev_run():
 
 def test_barebones():
     model = Automatic()
-    pl.Trainer(accelerator="cpu", barebones=True, max_epochs=1, strategy="hift").fit(model, loader(7))
+    run = pl.Trainer(accelerator="cpu", barebones=True, max_epochs=1, strategy="hift", callbacks=[as_published()])
+    run.fit(model, loader(7))
     assert_same_weights(model, reference(7))
 
 
 def test_logged_values(tmp_path):
     model = Automatic()
-    callback = HiFTCallback(order="top2down")
+    callback = as_published(order="top2down")
     monitor = LearningRateMonitor("step")
     run = trainer(
         callbacks=[monitor, callback], logger=CSVLogger(tmp_path), log_every_n_steps=1, gradient_clip_val=1e-3
@@ -405,7 +409,7 @@ def test_progress_bar_shows_sweep_and_group():
             shown.append({name: float(value) for name, value in run.progress_bar_metrics.items()})
 
     shown = []
-    trainer(callbacks=[HiFTCallback(), Metrics()]).fit(Automatic(), loader(3))
+    trainer(callbacks=[as_published(), Metrics()]).fit(Automatic(), loader(3))
     assert [s["hift/group"] for s in shown] == [0, 1, 2]
     assert all("hift/sweep" in s for s in shown)
 
@@ -416,7 +420,7 @@ def test_early_stopping_and_model_checkpoint(tmp_path):
     run = trainer(
         max_epochs=9,
         enable_checkpointing=True,
-        callbacks=[EarlyStopping("val_loss", patience=2), checkpoint, HiFTCallback()],
+        callbacks=[EarlyStopping("val_loss", patience=2), checkpoint, as_published()],
     )
     with pytest.warns(UserWarning, match="kept their value"):
         run.fit(model, loader(5), loader(2))
@@ -453,9 +457,9 @@ def test_learning_rate_finder(way):
 
 def test_ema_weight_averaging():
     model, plain = Automatic(), Automatic()
-    run = trainer(callbacks=[HiFTCallback(), EMAWeightAveraging(decay=0.5)])
+    run = trainer(callbacks=[as_published(), EMAWeightAveraging(decay=0.5)])
     run.fit(model, loader(7))
-    trainer(callbacks=[HiFTCallback()]).fit(plain, loader(7))
+    trainer(callbacks=[as_published()]).fit(plain, loader(7))
     averaged = {n.removeprefix("net."): p.detach().clone() for n, p in Net().named_parameters()}
     net, twin = Net(), None
     optimizers = [adamw([dict(net.named_parameters())[n] for n in group]) for group in GROUPS]
@@ -475,7 +479,7 @@ def test_ema_weight_averaging():
 def test_stochastic_weight_averaging_replaces_the_scheduler():
     model = Automatic(make_scheduler=linear_decay)
     swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=2)
-    run = trainer(callbacks=[HiFTCallback(), swa], max_epochs=5)
+    run = trainer(callbacks=[as_published(), swa], max_epochs=5)
     run.fit(model, loader(5))
     assert run.current_epoch == 5
     assert type(run.lr_scheduler_configs[0].scheduler).__name__ != "LambdaLR"
@@ -489,7 +493,7 @@ def test_plateau_scheduler():
     lrs = {}
     for module in (Automatic, Manual):
         model = module(make_scheduler=plateau, interval="epoch")
-        run = trainer(callbacks=[HiFTCallback()], max_epochs=4, num_sanity_val_steps=0)
+        run = trainer(callbacks=[as_published()], max_epochs=4, num_sanity_val_steps=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # manual optimization: Lightning says that it ignores 'monitor'
             run.fit(model, loader(5), loader(2))
@@ -537,7 +541,7 @@ def test_model_summary_counts_everything_as_trainable(way, capsys):
 
 
 def test_groups_and_active_group_are_readable():
-    callback = HiFTCallback(order="top2down")
+    callback = as_published(order="top2down")
     with pytest.raises(RuntimeError, match="before fit has begun"):
         _ = callback.active_group
     trainer(callbacks=[callback]).fit(Automatic(), loader(2))
@@ -560,7 +564,7 @@ def test_groups_and_active_group_are_readable():
 )
 def test_bad_callback_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        HiFTCallback(**options)
+        as_published(**options)
 
 
 @pytest.mark.parametrize(
@@ -583,12 +587,12 @@ def test_distributed_strategies_are_refused(strategy):
     fake._checkpoint_io = None
     run._accelerator_connector.strategy = fake
     with pytest.raises(Exception, match=r"HiFTCallback does not work with .*devices=1, strategy='hift'"):
-        HiFTCallback().setup(run, Automatic(), "fit")
+        as_published().setup(run, Automatic(), "fit")
 
 
 def test_ddp_is_refused_in_fit():
     with pytest.raises(Exception, match="HiFTCallback does not work with DDPStrategy"):
-        trainer(strategy="ddp", callbacks=[HiFTCallback()]).fit(Automatic(), loader(2))
+        trainer(strategy="ddp", callbacks=[as_published()]).fit(Automatic(), loader(2))
 
 
 def test_more_than_one_device():
@@ -601,9 +605,9 @@ def test_two_callbacks():
         pass
 
     with pytest.raises(MisconfigurationException, match="more than one HiFTCallback"):
-        trainer(callbacks=[HiFTCallback(), Other()]).fit(Automatic(), loader(2))
+        trainer(callbacks=[as_published(), Other()]).fit(Automatic(), loader(2))
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `HiFTCallback`"):
-        trainer(callbacks=[HiFTCallback(), HiFTCallback()])
+        trainer(callbacks=[as_published(), as_published()])
 
 
 def test_optimizer_behind_the_back_of_lightning():
@@ -648,7 +652,7 @@ def test_reentrant_checkpointing_is_explained():
             inner = block.forward
             block.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)
 
-    run = trainer(callbacks=[HiFTCallback(frozen=["net.embedding"])])
+    run = trainer(callbacks=[as_published(frozen=["net.embedding"])])
     with pytest.raises(
         RuntimeError, match=r"Got activation checkpointing with use_reentrant=True.*pass use_reentrant=False"
     ):
@@ -672,3 +676,59 @@ def test_deepcopy_of_the_module_after_fit():
     model = Automatic()
     trainer(strategy="hift").fit(model, loader(3))
     assert_same_weights(copy.deepcopy(model), model)
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """An embedding as large as all three blocks, and a small head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(24 * 3, WIDTH)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh()) for _ in range(3)])
+        self.head = nn.Linear(2 * WIDTH, 2)
+
+
+def test_the_strategy_alone_has_the_defaults_of_the_callback():
+    ends = []
+    for way_in in ({"strategy": "hift"}, {"callbacks": [HiFTCallback()]}):
+        model = Automatic()
+        run = pl.Trainer(accelerator="cpu", max_steps=9, max_epochs=-1, logger=False, barebones=True, **way_in)
+        run.fit(model, loader(9))
+        ends.append(model)
+    assert_same_weights(*ends)
+
+
+def test_defaults_are_hifts_own_and_those_of_a_policy():
+    def of(callback):
+        return callback.group_size, callback.lr_scale, callback.policy.steps_per_sweep
+
+    assert of(HiFTCallback()) == ("balanced", "auto", 4)
+    assert of(HiFTCallback(policy="BAdam")) == (1, 1.0, 50)
+    assert HiFTCallback().policy.order == "top2down"
+    assert HiFTCallback(policy="LISA", group_size="balanced", lr_scale="auto").lr_scale == "auto"
+
+
+def test_a_small_head_trains_at_every_step_and_no_other():
+    def always_active(model, **options):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        (found,) = find_groups(model, [optimizer], **HiFTCallback(**options).grouping)
+        return [unit.name for unit in found.always_active], len(found.groups)
+
+    small, large = Encoder(), Net()
+    assert always_active(small) == (["head"], 2)
+    assert always_active(small, always_active=[]) == ([], 2)
+    assert always_active(small, always_active=["embedding"]) == (["embedding"], 4)
+    assert always_active(small, policy="BAdam") == ([], 5)
+    assert always_active(large) == ([], 5)
+
+
+def test_a_run_that_ends_before_the_first_sweep_is_warned_about():
+    with pytest.warns(UserWarning, match=r"about 3 optimizer steps.* all 5 .* takes 20: 4 of them will not train"):
+        trainer(callbacks=[HiFTCallback()]).fit(Automatic(), loader(3))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="This run has about")
+        trainer(callbacks=[HiFTCallback(steps_per_group=1)]).fit(Automatic(), loader(5))
+        trainer(callbacks=[HiFTCallback()], fast_dev_run=True).fit(Automatic(), loader(3))

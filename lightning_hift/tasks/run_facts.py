@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hift.callback import find_callback
+from lightning_hift.schedule import SweepSchedule
 from lightning_hift.trainable import TrainOnly
 
 if TYPE_CHECKING:
@@ -83,18 +84,23 @@ def _method(module: TransformerModule, trainer: Any) -> dict[str, str]:
         trained += f" that match {', '.join(only)}"
     if callback is None:
         return {"method": f"all layers at once, {trained}"}
-    rows = {
-        "method": f"HiFT (arXiv 2401.15207): one layer group at a time, {trained}",
-        "order": callback.order + (", drawn anew each sweep" if callback.reshuffle else ""),
-        "layer units per group": str(callback.group_size),
-        "steps per group": str(callback.steps_per_group),
-        "learning rate within a sweep": callback.hold_lr,
-    }
-    if callback.always_active:
-        rows["always active"] = ", ".join(callback.always_active)
+    if isinstance(callback.policy, SweepSchedule):
+        rows = {
+            "method": f"HiFT (arXiv 2401.15207): one layer group at a time, {trained}",
+            "order": callback.order + (", drawn anew each sweep" if callback.reshuffle else ""),
+            "steps per group": str(callback.steps_per_group) + (" for each unit" if callback.policy.per_unit else ""),
+        }
+    else:
+        rows = {"method": f"{callback.policy.name}: some layer groups at a time, {trained}"}
+    rows["layer units per group"] = str(callback.group_size)
+    rows["learning rate within a sweep"] = callback.hold_lr
     if callback.frozen:
         rows["frozen"] = ", ".join(callback.frozen)
     for engine in callback.engines:
+        if engine.always_active:
+            rows["always active"] = ", ".join(unit.name for unit in engine.always_active)
+        if set(engine.lr_scales) != {1.0}:
+            rows["learning rate of the groups"] = ", ".join(f"x {scale:.3g}" for scale in engine.lr_scales)
         rows["layer groups"] = f"{len(engine.groups)}: {_some(group.name for group in engine.groups)}"
         rows["sweeps"] = str(engine.sweep)
         rows["master weights"] = engine.master_weights
