@@ -51,7 +51,7 @@ if __name__ == "__main__":
         max_epochs=3,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[HiFTCallback(order="top2down", always_active=["classifier"])],
+        callbacks=[HiFTCallback()],
     )
     trainer.fit(
         ConvNet(),

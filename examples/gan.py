@@ -68,7 +68,7 @@ if __name__ == "__main__":
         max_epochs=12,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[HiFTCallback(order="top2down", steps_per_group=4)],
+        callbacks=[HiFTCallback()],
     )
     trainer.fit(model, DataLoader(points, batch_size=128, shuffle=True))
     with torch.no_grad():

@@ -57,7 +57,7 @@ if __name__ == "__main__":
         # From random weights, layers depend on each other more than in fine-tuning: the first and the last one train at
         # every step, and the others two at a time, for several steps in a row. Group by group, one step each, got 64 %.
         callbacks=[
-            HiFTCallback(order="top2down", group_size=2, steps_per_group=4, always_active=["embedding", "head"])
+            HiFTCallback(group_size=2, steps_per_group=4, always_active=["embedding", "head"], lr_scale=1.0),
         ],
     )
     trainer.fit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,8 @@ from lightning_hift.selection import SelectionPolicy
 LRScale = float | Literal["auto"]
 
 AUTO = "auto"
-_EXPONENT = float(os.environ.get("EXPONENT", 0.5))
-_LARGEST = 8.0
+_EXPONENT = 0.75
+_LARGEST = 5.0
 
 
 def check_lr_scale(lr_scale: object) -> None:
@@ -31,6 +30,11 @@ def check_lr_scale(lr_scale: object) -> None:
 
 def lr_scales(lr_scale: LRScale, policy: SelectionPolicy, num_groups: int) -> tuple[float, ...]:
     """By what the learning rate is multiplied while each layer group is stepped.
+
+    With ``"auto"`` a group that trains in a share s of the steps gets min(s^-0.75, 5). With the learning rate of full
+    fine-tuning it would learn too little, as it gets so many fewer updates; in proportion (1 / s) would be too much, as
+    updates in a row differ. The exponent was found on two tasks (TREC-6, MRPC) with 7 groups, whose factor 4.3 was
+    better than 2.6; factors above those that were tried are cut off.
 
     Args:
         lr_scale: A number for all groups, or ``"auto"``.

@@ -205,7 +205,7 @@ def _train_with_hift(planned: PlannedRow, device: torch.device, max_steps: int |
             max_group_numel=setup.max_group_numel,
             activation_budget=setup.activation_budget,
         ),
-        callbacks=[HiFTCallback(group_size=setup.group_size), meter],
+        callbacks=[HiFTCallback(setup.group_size, steps_per_group=1, always_active=[]), meter],
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
