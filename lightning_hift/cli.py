@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -74,7 +75,7 @@ class HiFTCLI(LightningCLI):
         args: ArgsType = None,
         **kwargs: Any,
     ) -> None:
-        self._quieted: dict[logging.Logger, int] = {}
+        self._until_made = ExitStack()
         load_yaml = get_loader("yaml")
         set_loader("yaml", partial(_keep_hashes, load_yaml), (YAMLError,))
         try:
@@ -90,8 +91,7 @@ class HiFTCLI(LightningCLI):
             )
         finally:
             set_loader("yaml", load_yaml, (YAMLError,))
-            for logger, level in self._quieted.items():
-                logger.setLevel(level)
+            self._until_made.close()
 
     @staticmethod
     @override
@@ -127,9 +127,7 @@ class HiFTCLI(LightningCLI):
         super().parse_arguments(parser, _with_underscores(args) if isinstance(args, list) else args)
         if self.config.get("subcommand") in _WITHOUT_A_RUN:
             self.config[self.config["subcommand"]]["seed_everything"] = False
-            for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
-                self._quieted[logger] = logger.level
-                logger.setLevel(logging.WARNING)  # devices and seeds are of no interest, nor is advertising
+            self._until_made.enter_context(warnings_only())
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         if config["plain"]:
             _make_plain(parser, self.config.get("subcommand"), config)
@@ -185,6 +183,20 @@ class HiFTCLI(LightningCLI):
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, RuntimeError, OSError) as error:
             self.parser.error(str(error))
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Keep Lightning's words on devices and seeds, and its advertising, from where nothing is run."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], arguments: Any) -> None:

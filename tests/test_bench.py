@@ -451,7 +451,7 @@ def test_results_of_another_machine_are_shown_apart(reported, capsys):
     assert (reported / "it_memory_on_the_device_2.png").exists()
 
 
-def test_a_dry_run_lists_the_cells_and_runs_nothing(reported, capsys):
+def test_a_dry_run_lists_the_cells_and_runs_nothing(reported, capsys, caplog):
     before = (reported / "it.jsonl").read_text()
     capsys.readouterr()
     main(["--config", "bench.yaml", "--dry-run", "--only", "method=full,fast", "seed=0"])
@@ -460,6 +460,7 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(reported, capsys):
     assert sum("measured" in line for line in lines) == 4
     assert lines[-1].startswith("4 runs, 0 to do")
     assert (reported / "it.jsonl").read_text() == before
+    assert "available" not in caplog.text  # Lightning's words on devices
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_example_runs(path, tmp_path):
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PARTS = [path for path in CONFIGS if path.parent.name in ("task", "model", "method", "files", "tuned")]
+PARTS = [path for path in CONFIGS if path.parent.name in ("task", "model", "method", "files")]
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,5 @@ def test_every_part_of_a_config_goes_with_a_task(printed_config):
     for path in PARTS:
         if path.parent.name == "files":
             assert path.name in {task.name for task in tasks}
-        elif path.parent.name == "tuned":
-            task, method = path.stem.split("_", 1)
-            parts = [ROOT / "configs" / "task" / f"{task}.yaml", ROOT / "configs" / "method" / f"{method}.yaml", path]
-            assert all(part in PARTS for part in parts)
-            assert printed_config(parts)["model"]["class_path"]
         elif str(path.relative_to(ROOT)) not in named:
             assert printed_config([classification, path])["model"]["class_path"]

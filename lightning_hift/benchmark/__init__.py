@@ -1,7 +1,6 @@
 """Benchmarks and comparisons of whole runs. Only the command line imports this."""
 
 from lightning_hift.benchmark.comparison import FullFineTuningComparison
-from lightning_hift.benchmark.fit_report import FitReport
 from lightning_hift.benchmark.run_measures import RunMeasures
 
-__all__ = ["FitReport", "FullFineTuningComparison", "RunMeasures"]
+__all__ = ["FullFineTuningComparison", "RunMeasures"]

@@ -6,7 +6,7 @@
       task: [trec, mrpc]
       method: [full, hift, {name: hift_random, as: hift, options: {hift.order: random}}]
       seed: [0, 1, 2]
-    configs: ["configs/task/{task}.yaml", "configs/method/{method}.yaml", "configs/tuned/{task}_{method}.yaml?"]
+    configs: ["configs/task/{task}.yaml", "configs/method/{method}.yaml", "configs/files/{task}.yaml?"]
     options: {seed_everything: "{seed}"}
     baseline: {method: full}
 """
