@@ -15,7 +15,7 @@ FLOORS = [
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"}
-    | {"selection", "policies", "drawn_blocks"},
+    | {"selection", "policies", "drawn_blocks", "lr_scale"},
     {"engine", "attach", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight", "mezo"},
     {"callback", "strategy", "precision", "module", "checkpoint_io", "registration"}
     | {"trainable", "packaged_optimizers", "predictions", "training_speed", "layer_updates", "layer_updates_plot"},
