@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -230,18 +231,17 @@ class HiFTCallback(Callback):
 
     def _warn_about_length(self, trainer: pl.Trainer) -> None:
         # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
-        total = trainer.estimated_stepping_batches
-        for engine in self._engines:
-            length = engine.policy.steps_per_sweep
-            if isinstance(engine.policy, SweepSchedule) and total < length and not cast(Any, trainer).fast_dev_run:
-                trained = {engine.policy.group_at(step) for step in range(int(total))}
-                missing = [group.name for group in engine.groups if group.index not in trained]
-                if missing:
-                    rank_zero_warn(
-                        f"This run has about {total} optimizer steps, and a sweep over all {len(engine.groups)} layer"
-                        f" groups takes {length}: {len(missing)} of them will not train ({', '.join(missing[:4])})."
-                        " Train longer, or use a smaller steps_per_group or a larger group_size."
-                    )
+        # The Trainer does not know of modules that accumulate by themselves.
+        window = getattr(trainer.lightning_module, "accumulate_grad_batches", 1)
+        total = trainer.estimated_stepping_batches / (window if isinstance(window, int) else 1)
+        for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
+            missing = [engine.groups[index].name for index in engine.policy.left_out(total)]
+            if missing:
+                rank_zero_warn(
+                    f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
+                    f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
+                    f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
+                )
         if self.hold_lr != "once":
             return
         for config in trainer.strategy.lr_scheduler_configs:

@@ -81,7 +81,10 @@ def _first_difference(saved: Any, mine: Any) -> str:
         return f"{saved!r} against {mine!r}"
     if len(saved) != len(mine):
         return f"{len(saved)} against {len(mine)}"
-    (name, there), (other, here) = next((a, b) for a, b in zip(saved, mine, strict=True) if a != b)
+    theirs, ours = next((a, b) for a, b in zip(saved, mine, strict=True) if a != b)
+    if not isinstance(theirs, (list, tuple)):
+        return f"{saved!r} against {mine!r}"
+    (name, there), (other, here) = theirs, ours
     if name != other:
         return f"{name!r} against {other!r}"
     return f"{name!r} holds other parameters ({sorted({*there} ^ {*here})[:4] or 'in another order'})"

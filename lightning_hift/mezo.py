@@ -24,9 +24,10 @@ class MeZO(Optimizer):
     """Steps along one random direction, by the difference of the loss on its two sides.
 
     All parameters with ``requires_grad`` move by ``+eps``, then ``-eps`` times a noise z, in place, and the loss is
-    taken at both places; then they are put back and stepped by ``-lr * (loss+ - loss-) / (2 eps) * z``. Noise is drawn
-    anew from its seed wherever it is needed, so beside the weights there is memory for the noise of one parameter at a
-    time and nothing else: no gradients, no moments, and no activations of a backward pass. Under HiFT only the active
+    taken at both places; then they are put back, up to rounding (much of it in 16 bits), and stepped by
+    ``-lr * (loss+ - loss-) / (2 eps) * z``. Noise is drawn anew from its seed wherever it is needed, so beside the
+    weights there is memory for the noise of one parameter at a time and nothing else: no gradients, no moments, and no
+    activations of a backward pass. Under HiFT only the active
     group is trainable, which makes MeZO block-wise.
 
     Both losses see the same dropout. Several processes draw the same noise, so their closures have to return the same

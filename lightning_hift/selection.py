@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_hift.grouping import LayerGroup, LayerUnit
 
+_MANY_STEPS = 10_000  # with so many, every group has its turn
 StateHandling = Literal["keep", "reset"]
 _Policy = TypeVar("_Policy", bound="SelectionPolicy")
 
@@ -56,6 +58,18 @@ class SelectionPolicy(ABC):
     def share_of(self, index: int) -> float:
         """The share of the optimizer steps in which group ``index`` trains, on average: above 0, and at most 1."""
         return min(1.0, (self.most_groups or len(self.groups)) / len(self.groups))
+
+    def left_out(self, num_steps: float) -> list[int]:
+        """Groups that do not train in a run of so many optimizer steps, as far as that can be told beforehand."""
+        learns = type(self).observe is not SelectionPolicy.observe
+        if learns or not 0 < num_steps < _MANY_STEPS:
+            return []
+        missing = set(range(len(self.groups)))
+        for step in range(math.ceil(num_steps)):
+            if not missing:
+                break
+            missing -= set(self.groups_at(step))
+        return sorted(missing)
 
     def sweep_at(self, step: int) -> int:
         """Number of whole sweeps that were finished before ``step``."""

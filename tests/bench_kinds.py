@@ -29,6 +29,10 @@ def run(configs, options, folder):
         time.sleep(60)
     steps = options.get("trainer.max_steps", 100)
     seconds = steps / options.get("speed", 1)
+    if what == "diverged":
+        return {"val_accuracy": float("nan"), "val_loss": float("nan")}
+    if what == "without metric":
+        return {"val_f1": 0.5}
     score = min(1.0, 0.1 * options.get("lr", 1) + 0.001 * options.get("seed_everything", 0))
     texts = [Path(path).read_text() for path in configs]
     memory = {"parameters": 4.0, "gradients": 2.0, "state": 2.0, "residual": 1.0, "total": 9.0}
@@ -43,8 +47,9 @@ def run(configs, options, folder):
         "texts": texts,
         "memory": memory,
         "memory_by_group": {"a": memory, "b": memory},
-        "losses": [[s, float(s), 1 / s] for s in range(1, 1 + min(steps, 50))],
+        "losses": [{"seconds": float(s), "cpu_seconds": float(s), "loss": 1 / s} for s in range(1, 1 + min(steps, 50))],
         "curve": [
-            {"step": s, "tokens": 7 * s, "seconds": s, "val_accuracy": score / 2, "val_loss": 1.0} for s in (1, steps)
+            {"step": s, "tokens": 7 * s, "seconds": s, "cpu_seconds": s, "val_accuracy": score / 2, "val_loss": 1.0}
+            for s in (1, steps)
         ],
     }

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +19,8 @@ from lightning_hift.benchmark.cell_process import run_cell
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
 from lightning_hift.benchmark.records import append_record, merge_records, read_records
-from lightning_hift.benchmark.runner import Runner
+from lightning_hift.benchmark.report import write_report
+from lightning_hift.benchmark.runner import Runner, is_loss
 from lightning_hift.benchmark.summary import summarize
 from tests.text_models import WORDS, save_network, save_tokenizer
 
@@ -172,7 +173,6 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
     assert "Make room and start again" in done.stdout, done.stderr
     assert path.read_text() == '{"a": 1}\n'
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100
 
 
 def test_records_of_another_schema_are_refused(here, capsys):
@@ -193,6 +193,37 @@ def test_merging_adds_what_is_new(tmp_path):
     assert [record["a"] for record in read_records(one)] == [1, 2, 3]
     with pytest.raises(FileNotFoundError, match="There is no file nowhere to merge"):
         merge_records(one, [Path("nowhere")])
+
+
+def test_a_file_of_another_schema_is_not_merged(here, capsys):
+    path = write()
+    Path("other.jsonl").write_text('{"schema": 0}\n')
+    with pytest.raises(SystemExit):
+        main(["--config", path, "--merge", "other.jsonl"])
+    assert "other.jsonl holds records of the schema 0" in capsys.readouterr().err
+    assert not Path("out/it.jsonl").exists()
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert [record["a"] for record in read_records(path)] == [1, 2]
+    append_record(path, {"a": 3})
+    assert [record["a"] for record in read_records(path)] == [1, 2, 3]
+
+
+def test_two_writers_lose_nothing(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from lightning_hift.benchmark.records import append_record
+for i in range(100):
+    append_record(Path(sys.argv[1]), {"writer": sys.argv[2], "i": i})
+"""
+    path = tmp_path / "r.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert sorted((r["writer"], r["i"]) for r in read_records(path)) == [(w, i) for w in "ab" for i in range(100)]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -255,6 +286,89 @@ def test_the_best_trial_is_taken_for_all_seeds(here, monkeypatch):
     made = run_here(runner := Runner(by_loss, Path("out/loss.jsonl")), monkeypatch)
     runner.run(by_loss.cells())
     assert {c.options["lr"] for c in made if c.trial is None and c.values["method"] == "a"} == {5}
+
+
+def test_a_trial_that_diverged_is_never_the_best(here, monkeypatch):
+    Path("out").mkdir()
+    options = {"what": "diverged", "lr": 9}
+    tried = benchmark(
+        axes={"method": [{"name": "a", "trials": {"what": ["diverged", "fine"]}}, {"name": "b", "options": options}]},
+        metric="val_loss",
+        trial_at={},
+    )
+    made = run_here(runner := Runner(tried, Path("out/it.jsonl")), monkeypatch)
+    runner.run(tried.cells())
+    assert [c.options["what"] for c in made if c.trial is None] == ["fine", "diverged"]
+    alone = benchmark(axes={"method": [{"name": "a", "trials": {"what": ["diverged"]}}]}, trial_at={}, output="out/no")
+    run_here(runner := Runner(alone, Path("out/no.jsonl")), monkeypatch)
+    (found,) = [r for key, r in runner.run(alone.cells()).items() if r["status"] == "skipped"]
+    assert found["reason"] == "none of its 1 trials has come to a finite result"
+
+
+def test_runs_without_the_metric_are_named_and_no_end_of_the_report(here, monkeypatch):
+    Path("out").mkdir()
+    mixed = benchmark(axes={"what": ["fine", "without metric"]}, options={"what": "{what}"})
+    run_here(runner := Runner(mixed, Path("out/it.jsonl")), monkeypatch)
+    records = runner.run(mixed.cells())
+    write_report(mixed, mixed.cells(), {"CPU, a test": records})
+    text = Path("out/it.md").read_text()
+    assert "measured, but without val_accuracy; there are val_f1: without metric" in text
+
+
+def test_trials_over_words_are_reported(here, monkeypatch):
+    Path("out").mkdir()
+    tried = benchmark(axes={"method": [{"name": "a", "trials": {"order": ["up", "down"]}}]}, trial_at={})
+    run_here(runner := Runner(tried, Path("out/it.jsonl")), monkeypatch)
+    write_report(tried, tried.cells(), {"CPU, a test": runner.run(tried.cells())})
+    assert "order down" in Path("out/it.md").read_text()
+
+
+@pytest.mark.parametrize("metric", ["val_mse", "val_rmse", "val_mae", "val_wer", "val_loss"])
+def test_errors_are_better_if_smaller(metric):
+    assert is_loss(metric)
+    assert not is_loss("val_accuracy")
+
+
+def test_a_repeated_trial_may_change_what_is_run(here, monkeypatch):
+    Path("out").mkdir()
+    tried = benchmark(axes={"method": [{"name": "a", "trials": {"lr": [2, 5]}}]}, trial_at={"seed": 7})
+    run_here(runner := Runner(tried, Path("out/it.jsonl")), monkeypatch)
+    works = Runner._in_process
+    failing = {"status": "failed", "reason": "?", "passport": {"device": "CPU, a test"}}
+    monkeypatch.setattr(
+        Runner, "_in_process", lambda self, cell: failing if cell.trial == {"lr": 5} else works(self, cell)
+    )
+    runner.run(tried.cells())
+    assert [r["options"]["lr"] for r in read_records(Path("out/it.jsonl")) if r["trial"] is None] == [2]
+    monkeypatch.setattr(Runner, "_in_process", works)
+    again = Runner(tried, Path("out/it.jsonl"))
+    again._device = "CPU, a test"
+    known = again.run(tried.cells(), again=True)
+    assert [r["options"]["lr"] for r in known.values() if r["trial"] is None] == [5]
+
+
+def test_threads_belong_to_the_run():
+    (one,), (other,) = (benchmark(threads=n).cells() for n in (1, 2))
+    assert one.fingerprint(KIND, 1) != other.fingerprint(KIND, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"baseline": "full"}, "write it like baseline: {method: full}"),
+        ({"configs": "a.yaml"}, "write it like configs: "),
+        ({"limits": {"seconds": "10m"}}, "limits.seconds='10m'; it must be a number"),
+        ({"metric": {"x": "val_loss"}, "axes": {"task": ["x", "y"]}}, "no metric for the task 'y'"),
+    ],
+)
+def test_values_of_other_kinds_are_refused(changes, words, here):
+    path = write(**changes)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_benchmark(path).cells()
+
+
+def test_keys_without_a_value_have_their_default(here):
+    assert load_benchmark(write(baseline=None, exclude=None, options=None, limits=None)).baseline == {}
 
 
 def test_trials_in_one_task_count_for_all(here):
@@ -560,7 +674,7 @@ def test_the_benchmark_of_methods_on_a_cpu_runs(project):
     assert [record["status"] for record in records] == ["measured"] * (9 + 3 + 2), records
     text = Path("examples/results/quality_cpu.md").read_text()
     assert "| trec | LISA | time | accuracy |" in text
-    assert "Tried out with task trec, seed 100" in text
+    assert "Tried out with task trec_dev, seed 100" in text
 
 
 @pytest.mark.parametrize(("name", "cells"), [("paper_ablation", 13), ("paper_quality", 15)])

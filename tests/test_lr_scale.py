@@ -101,6 +101,23 @@ def test_equals_independent_optimizers_with_other_learning_rates(name, lr_scale,
     assert [float(group["lr"]) for group in optimizer.param_groups] == rates
 
 
+def test_groups_with_turns_of_different_lengths():
+    model, twin, batches = Net(), Net(), tokens(17)
+    policy = SweepSchedule(turns=(1, 3, 1, 1, 2), num_groups=5)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()), policy=policy, lr_scale="auto")
+    assert len(set(engine.lr_scales)) == 3
+    train(model, engine.optimizer, batches)
+    optimizers = [
+        scaled(adamw, [scale])([dict(twin.named_parameters())[name] for name in names])
+        for names, scale in zip(GROUPS, engine.lr_scales, strict=True)
+    ]
+    for step, batch in enumerate(batches):
+        twin.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizers[engine.policy.group_at(step)].step()
+    assert_same_weights(model, twin)
+
+
 def test_always_active_units_keep_their_learning_rate():
     model, twin, batches = Net(), Net(), tokens(11)
     engine = HiFTEngine.attach(model, adamw(model.parameters()), always_active=["head"], lr_scale=4.0)
@@ -178,6 +195,22 @@ def test_zeroth_order_optimizers_keep_their_learning_rate():
         HiFTEngine.attach(model, MeZO(model.parameters(), lr=0.01), lr_scale=2.0)
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda p: pytest.importorskip("transformers").Adafactor(p, lr=None, warmup_init=True), "has no learning rate"),
+        (lambda p: pytest.importorskip("prodigyopt").Prodigy(p), None),
+    ],
+)
+def test_optimizers_that_find_their_own_rate_are_left_alone(make, why):
+    model = Net()
+    engine = HiFTEngine.attach(model, make(model.parameters()), lr_scale="auto")
+    assert engine.lr_scales == (1.0,) * 5
+    if why is not None:
+        with pytest.raises(ValueError, match=f"lr_scale=2.0, but Adafactor {why}"):
+            HiFTEngine.attach(other := Net(), make(other.parameters()), lr_scale=2.0)
+
+
 def test_schedules_and_what_is_logged_know_nothing_of_it():
     def rates(**options):
         module = Automatic(make_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=12))
@@ -201,3 +234,5 @@ def test_a_resumed_run_goes_on_with_the_same_rates(tmp_path):
     assert_same_weights(whole, fit(11, "auto", tmp_path / "7.ckpt"))
     with pytest.raises(ValueError, match=r"lr_scale: \[3\.34.* against None.*Use its settings to resume"):
         fit(11, 1.0, tmp_path / "7.ckpt")
+    with pytest.raises(ValueError, match=r"lr_scale: \[3\.34.* against \[2\.0.*Use its settings to resume"):
+        fit(11, 2.0, tmp_path / "7.ckpt")

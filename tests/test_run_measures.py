@@ -1,6 +1,7 @@
 """What a benchmark measures of a fit: memory by kind and group, updates, time; and that it changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hift.benchmark import RunMeasures
-from lightning_hift.benchmark.run_meter import RunMeter, Seconds
+from lightning_hift.benchmark.run_meter import RunMeter, Seconds, state_bytes_on_device
 from tests.models import as_published
 
 STEPS = 9
@@ -43,16 +44,16 @@ def batches(count):
     ]
 
 
-def fit(callbacks, steps=STEPS):
+def fit(callbacks, steps=STEPS, **options):
     model = Model()
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=3,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
+        **{"max_epochs": 3, **options},
     )
     trainer.fit(model, DataLoader(batches(steps // 3), batch_size=None), DataLoader(batches(1), batch_size=None))
     return model
@@ -99,7 +100,46 @@ def test_the_curve_has_a_point_for_each_validation(tmp_path):
     seconds = [point["seconds"] for point in found["curve"]]
     assert 0 < seconds[0] <= seconds[1] <= seconds[2] == found["seconds"]
     assert found["curve"][-1]["val_loss"] == found["val_loss"]
-    assert [step for step, *_ in found["losses"]] == list(range(1, STEPS + 1))
+    assert [point["step"] for point in found["losses"]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("max_steps", [2, 4, 5, 6])
+@pytest.mark.parametrize("hift", [False, True])
+def test_metrics_are_those_of_the_last_step(hift, max_steps, tmp_path):
+    callbacks = [RunMeasures(tmp_path / "it"), *([as_published()] if hift else [])]
+    model = fit(callbacks, max_epochs=-1, max_steps=max_steps)  # epochs have 3 steps
+    found = json.loads((tmp_path / "it").read_text())
+    (batch,) = batches(1)
+    assert found["step"] == max_steps
+    assert found["val_loss"] == pytest.approx(float(model.training_step(batch, 0)), rel=1e-6)
+    assert [point["step"] for point in found["curve"]] == sorted({*range(3, max_steps, 3), max_steps})
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_accumulation_does_not_hide_gradients(window, tmp_path):
+    fit([RunMeasures(tmp_path / "1")])
+    fit([RunMeasures(tmp_path / "2")], accumulate_grad_batches=window)
+    one, several = (json.loads((tmp_path / name).read_text())["memory"] for name in "12")
+    assert several["gradients"] == one["gradients"] > 0
+    # A gradient is there twice while it is added to those of the micro-batches before.
+    assert one["residual"] <= several["residual"] <= one["residual"] + one["gradients"]
+
+
+def test_state_in_objects_and_in_quantized_tensors_is_counted():
+    optim = pytest.importorskip("torchao.optim")
+    weight = nn.Parameter(torch.randn(256, 256))
+    optimizer = optim.AdamW8bit([weight])
+    weight.grad = torch.randn(256, 256)
+    optimizer.step()
+
+    class Projection:
+        def __init__(self):
+            self.matrix = torch.zeros(7)
+
+    optimizer.state[weight]["projector"] = Projection()
+    trainer = SimpleNamespace(optimizers=[optimizer], callbacks=[])
+    codes, scales = 256 * 256, 4 * 256 * 256 // 256
+    assert 2 * (codes + scales) + 28 < state_bytes_on_device(trainer) < 2 * (codes + scales) + 28 + 5000
 
 
 @pytest.mark.parametrize("hift", [False, True])

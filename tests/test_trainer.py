@@ -21,7 +21,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
+from lightning_hift import BAdam, HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
 from lightning_hift.attach import find_groups
 from tests.lagging import LaggingDevice
 from tests.models import (
@@ -725,10 +725,24 @@ def test_a_small_head_trains_at_every_step_and_no_other():
     assert always_active(large) == ([], 5)
 
 
-def test_a_run_that_ends_before_the_first_sweep_is_warned_about():
-    with pytest.warns(UserWarning, match=r"about 3 optimizer steps.* all 5 .* takes 20: 4 of them will not train"):
-        trainer(callbacks=[HiFTCallback()]).fit(Automatic(), loader(3))
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.cat(tokens(6)))
+
+
+def test_a_run_that_is_too_short_for_all_groups_is_warned_about():
+    def fit(data, model=None, **options):
+        trainer(**{"max_epochs": 1, **options}).fit(model or Automatic(), data)
+
+    words = r"about 3 optimizer steps, too few for {} to come by all 5 .*: 4 of them will not train \("
+    with pytest.warns(UserWarning, match=words.format("HiFT")):
+        fit(loader(3), callbacks=[HiFTCallback()])
+    with pytest.warns(UserWarning, match=words.format("HiFT")):
+        fit(loader(9), Manual(accumulate_grad_batches=3), callbacks=[HiFTCallback()])
+    with pytest.warns(UserWarning, match=words.format("BAdam")):
+        fit(loader(3), callbacks=[HiFTCallback(policy=BAdam(steps_per_block=3))])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="This run has about")
-        trainer(callbacks=[HiFTCallback(steps_per_group=1)]).fit(Automatic(), loader(5))
-        trainer(callbacks=[HiFTCallback()], fast_dev_run=True).fit(Automatic(), loader(3))
+        fit(loader(5), callbacks=[HiFTCallback(steps_per_group=1)])
+        fit(loader(3), callbacks=[HiFTCallback()], fast_dev_run=True)
+        fit(torch.utils.data.DataLoader(Endless(), batch_size=4), callbacks=[HiFTCallback()])

@@ -20,7 +20,7 @@ from lightning_hift.benchmark.cell_process import MEASURED, shorten
 from lightning_hift.benchmark.kinds import Plan, Planned, kind_of, plan_function, report_function
 from lightning_hift.benchmark.matrix import BUDGET, Benchmark, Cell, load_benchmark
 from lightning_hift.benchmark.records import Record, merge_records
-from lightning_hift.benchmark.runner import Runner
+from lightning_hift.benchmark.runner import Runner, read_own_records
 from lightning_hift.table import format_bytes, format_table
 
 _PASSING = ("seed", BUDGET)  # axes that change neither the memory nor, much, the time of a run
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is running must not outlive this process
+        for name in ("SIGTERM", "SIGHUP"):  # what is running must not outlive this process
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
         _main(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -75,6 +77,8 @@ def _main(options: argparse.Namespace) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.merge:
+        for other in options.merge:
+            read_own_records(other)
         print(f"{merge_records(path, options.merge)} records were added to {path}.")
     progress = _Progress()
     runner = Runner(benchmark, path, options.jobs, progress.note)
@@ -83,6 +87,8 @@ def _main(options: argparse.Namespace) -> None:
         runner.run(cells, again=options.again)
         progress.end()
     by_device = {device: runner.known(every, device) for device in runner.devices()}
+    if others := runner.described_otherwise(every):
+        print(f"{others} runs in {path} are described otherwise now, by other files or options, and are not reported.")
     files = report_function(benchmark.kind)(benchmark, every, by_device)
     print("\n".join(f"Written: {file}" for file in (path, *files)))
 

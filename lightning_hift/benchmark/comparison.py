@@ -28,8 +28,8 @@ class FullFineTuningComparison(RunMeter):
     validated once at the end. Costs a second training, and one copy of the weights in host memory.
 
     Args:
-        lr_factor: Full fine-tuning's learning rate as a multiple of HiFT's. The best one is smaller than HiFT's, whose
-            layers get a share of the updates each: tune it, or the comparison is not fair.
+        lr_factor: Full fine-tuning's learning rate as a multiple of HiFT's. With ``lr_scale=1.0`` its best one is
+            smaller than HiFT's, whose layers get a share of the updates each: tune it, or the comparison is not fair.
 
     Raises:
         ValueError: ``lr_factor`` is not above 0.

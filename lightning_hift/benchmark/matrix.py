@@ -32,6 +32,20 @@ BUDGET = "budget"
 EQUAL_STEPS, EQUAL_TIME = "steps", "time"
 
 
+_SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "axes": (dict, "{method: [full, hift], seed: [0, 1]}"),
+    "output": (str, "benchmarks/mine"),
+    "kind": (str, "fit"),
+    "configs": (list, '["configs/task/{task}.yaml"]'),
+    "options": (dict, '{seed_everything: "{seed}"}'),
+    "exclude": (list, "[{method: full, seed: [1, 2]}]"),
+    "baseline": (dict, "{method: full}"),
+    "metric": ((str, dict), "val_accuracy"),
+    "trial_at": (dict, "{seed: 100}"),
+    "threads": (int, "1"),
+}
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one run may use; more ends it, and becomes its row.
@@ -47,8 +61,8 @@ class Limits:
     device_memory: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds is not None and self.seconds <= 0:
-            raise ValueError(f"Got limits.seconds={self.seconds}; it must be above 0.")
+        if self.seconds is not None and not (isinstance(self.seconds, (int, float)) and self.seconds > 0):
+            raise ValueError(f"Got limits.seconds={self.seconds!r}; it must be a number above 0.")
         for name in ("host_memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
                 parse_bytes(value, f"limits.{name}")
@@ -92,10 +106,11 @@ class Cell:
         """The same for the same place in the matrix."""
         return json.dumps([self.values, self.trial], sort_keys=True)
 
-    def fingerprint(self, kind: str) -> str:
+    def fingerprint(self, kind: str, threads: int | None = None) -> str:
         """Changes with everything that this run is told."""
         texts = [[path, Path(path).read_text()] for path in self.configs]
-        told = json.dumps([kind, texts, self.options, self.trial], sort_keys=True)
+        more = [] if threads is None else [threads]
+        told = json.dumps([kind, texts, self.options, self.trial, *more], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
@@ -203,8 +218,12 @@ class Benchmark:
             by_axis = {axis: by_axis[axis] for axis in self.axes}
             if not any(matches(by_axis, each) for each in self.exclude):
                 found.append(self._cell(by_axis))
+        for cell in found:
+            self.metric_of(cell.values)
         final = sorted(found, key=lambda cell: cell.values.get(BUDGET) == EQUAL_TIME)
         trials = {trial.key: trial for cell in final for trial in cell.trials}
+        for trial in trials.values():
+            self.metric_of(trial.values)
         cells = [*trials.values(), *final]
         _check_twins(cells, self.kind)
         return cells
@@ -248,7 +267,11 @@ def load_benchmark(path: str | Path) -> Benchmark:
     missing = [key for key in ("axes", "output") if key not in found]
     if unknown or missing:
         raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}; there are {', '.join(known)}.")
-    limits = found.get("limits") or {}
+    found = {key: value for key, value in found.items() if value is not None}  # a key without a value
+    for key, (kind, example) in _SHAPES.items():
+        if key in found and not isinstance(found[key], kind):
+            raise ValueError(f"{path}: got {key}: {found[key]!r}; write it like {key}: {example}.")
+    limits = found.get("limits", {})
     allowed = [each.name for each in fields(Limits)]
     if not isinstance(limits, dict) or set(limits) - set(allowed):
         raise ValueError(f"{path}: got limits={limits!r}; it takes {', '.join(allowed)}.")

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
@@ -19,9 +25,10 @@ def append_record(path: Path, record: Record) -> None:
         OSError: It cannot be written; what was there still is.
     """
     rest = (json.dumps(record) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        size = _end_of_last_line(path)
+    with path.open("ab", buffering=0) as file, _only_writer(file):
+        size, is_whole = _end_of_lines(path)
         file.truncate(size)  # whoever was stopped in the middle of a line has left a part of it
+        rest = rest if is_whole else b"\n" + rest
         try:
             while rest:
                 rest = rest[file.write(rest) :]
@@ -44,7 +51,9 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     *lines, rest = path.read_text().split("\n")
-    if rest:
+    if _is_record(rest):  # an editor has taken the end of the line away
+        lines.append(rest)
+    elif rest:
         warnings.warn(f"{path}: the last line was cut off when it was written, and is left out.", stacklevel=2)
     found = []
     for number, line in enumerate(lines, 1):
@@ -81,6 +90,28 @@ def merge_records(path: Path, others: Iterable[Path]) -> int:
     return added
 
 
-def _end_of_last_line(path: Path) -> int:
+def _end_of_lines(path: Path) -> tuple[int, bool]:
+    """Bytes of all records, and whether the last one has the end of its line."""
     content = path.read_bytes()
-    return content.rfind(b"\n") + 1
+    end = content.rfind(b"\n") + 1
+    return (len(content), False) if _is_record(content[end:]) else (end, True)
+
+
+def _is_record(text: str | bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _only_writer(file: IO[bytes]) -> Iterator[None]:
+    """Keep other processes from writing meanwhile, where the system knows how to."""
+    if fcntl is None:
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -13,11 +13,12 @@ from lightning_hift.benchmark.cell_process import MEASURED
 from lightning_hift.benchmark.matrix import BUDGET, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.plots import KINDS, plot_curves, plot_groups, plot_memory, plot_scatter
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.runner import is_loss
+from lightning_hift.benchmark.runner import clock_of, has_score, is_loss
 from lightning_hift.benchmark.summary import Line, summarize
 from lightning_hift.table import format_bytes, format_markdown
 
-_CURVES = (("time", "seconds", "seconds of training"), ("tokens", "tokens", "tokens"), ("steps", "step", "steps"))
+_CURVES = (("time", "seconds"), ("tokens", "tokens"), ("steps", "step"))
+_TIMES = {"seconds": "seconds of training", "cpu_seconds": "the processor's seconds of training"}
 _NOT_IN_CSV = ("curve", "losses", "memory_by_group")
 
 
@@ -92,7 +93,7 @@ def _sections(
         *picture("memory by active group"),
         *picture("speed against memory"),
         *_trials(benchmark, cells, records),
-        *missing_runs(cells, records),
+        *missing_runs(cells, records, benchmark),
         *measured_on(records),
     ]
 
@@ -179,7 +180,7 @@ def _memory(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
     header = ["run", *KINDS, "total", "against baseline", "host, peak of the process"]
     on_gpu = not _device_of(lines).startswith("CPU")
     how = (
-        "The total is torch's peak; the residual is what is not accounted for by the other three."
+        "At torch's peak of forward and backward; the residual is what is not accounted for by the other three."
         if on_gpu
         else "Counted tensor by tensor: it is what would live on a device. On a CPU, host and device are one memory,"
         " and nothing is saved."
@@ -195,7 +196,8 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
         if cell.trial is not None and record is not None:
             metric = benchmark.metric_of(cell.values)
             score = record["measured"].get(metric) if record["status"] == MEASURED else None
-            told = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in cell.trial.items())
+            values = {k.rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else v for k, v in cell.trial.items()}
+            told = ", ".join(f"{name} {value}" for name, value in values.items())
             shown = record["status"] if score is None else f"{score:.3f}" if is_loss(metric) else f"{100 * score:.1f}"
             names = [str(value) for axis, value in cell.values.items() if axis not in ("seed", BUDGET)]
             rows.append([*names, told, shown])
@@ -207,8 +209,14 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
     return ["## Settings that were tried", f"{format_markdown(header, rows)}\n\n{note}"]
 
 
-def missing_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
-    """A section with those that were not measured, by reason; empty if there are none."""
+def missing_runs(cells: Sequence[Cell], records: Mapping[str, Record], benchmark: Benchmark | None = None) -> list[str]:
+    """A section with those that were not measured, by reason; empty if there are none.
+
+    Args:
+        cells: All that there should be.
+        records: Those that there are, by ``Cell.key``.
+        benchmark: Name those without its metric, too.
+    """
     found: dict[str, list[str]] = {}
     for cell in cells:
         record = records.get(cell.key)
@@ -216,6 +224,9 @@ def missing_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[s
             found.setdefault("not measured", []).append(cell.name)
         elif record["status"] != MEASURED:
             found.setdefault(f"{record['status']}: {record['reason']}", []).append(cell.name)
+        elif benchmark is not None and not has_score(record, metric := benchmark.metric_of(cell.values)):
+            there = ", ".join(name for name in record["measured"] if name.startswith("val")) or "none"
+            found.setdefault(f"measured, but without {metric}; there are {there}", []).append(cell.name)
     if not found:
         return []
     lines = [
@@ -258,10 +269,11 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
             drawn[what] = Path(f"{benchmark.output}_{what.replace(' ', '_')}{suffix}.png")
             plot(content, drawn[what], *arguments)
 
-    for against, key, label in _CURVES:
-        what = f"quality against {against}"
-        draw(what, plot_curves, _panels(measured, key), label, "Quality on the validation split")
-    draw("loss against time", plot_curves, _losses(measured), "seconds of training", "Training loss")
+    clock = clock_of(next(iter(measured[0].records.values()))) if measured else "seconds"
+    for against, key in _CURVES:
+        what, axis = f"quality against {against}", clock if key == "seconds" else key
+        draw(what, plot_curves, _panels(measured, axis), _TIMES.get(axis, against), "Quality on the validation split")
+    draw("loss against time", plot_curves, _losses(measured, clock), _TIMES[clock], "Training loss")
     bars = {name: _parts(line) for name, line in chosen.items() if line.value("memory.total") is not None}
     draw("memory on the device", plot_memory, bars, "Memory on the device")
     groups = {name: found for name, line in chosen.items() if len(found := _groups(line)) > 1}
@@ -297,8 +309,8 @@ def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tu
     for line in lines:
         scale = 1 if is_loss(line.metric) else 100
         curves = [
-            [(p[key], scale * p[line.metric]) for p in record["measured"].get("curve", []) if line.metric in p]
-            for record in line.records.values()
+            [(point[key], scale * point[line.metric]) for point in points if {key, line.metric} <= point.keys()]
+            for points in (record["measured"].get("curve", []) for record in line.records.values())
         ]
         if all(len(curve) > 1 for curve in curves):
             panel = f"{line.values.get('task', '')} {line.metric.removeprefix('val_')}".strip()
@@ -306,14 +318,15 @@ def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tu
     return panels
 
 
-def _losses(lines: Sequence[Line]) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+def _losses(lines: Sequence[Line], clock: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
     """The training loss of the first seed, as it is: means of stretches of steps."""
     panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
     for line in lines:
         losses = next(iter(line.records.values()))["measured"].get("losses", [])
         if len(losses) > 1 and line.values.get(BUDGET) != EQUAL_TIME:
             name = _name(line, without=("task", BUDGET), lines=lines)
-            panels.setdefault(str(line.values.get("task", "")), {})[name] = [[(s, loss) for _, s, loss in losses]]
+            curve = [(point[clock], point["loss"]) for point in losses]
+            panels.setdefault(str(line.values.get("task", "")), {})[name] = [curve]
     return panels
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_hift.allocations import AllocationTracker
-from lightning_hift.benchmark.run_meter import RunMeter
+from lightning_hift.benchmark.run_meter import RunMeter, Seconds, state_bytes_on_device
 from lightning_hift.callback import find_callback
+from lightning_hift.memory import process_memory
 from lightning_hift.training_speed import count_tokens
 
 _MOST_POINTS = 200  # of the curve of training loss
@@ -31,10 +30,11 @@ class RunMeasures(RunMeter):
     """Writes metrics, time, speed, memory and updates of a fit to a file when it ends.
 
     Memory is that of the paper's table: parameters, gradients, optimizer state, and the residual, which is activations
-    and what else is alive at the peak. On a GPU the total is torch's own peak. Elsewhere tensors are counted while
-    forward and backward run: it is what would live on a device, without the optimizer's temporary tensors. Memory is
+    and what else is alive at the peak of forward and backward. On a GPU that peak is torch's own; elsewhere tensors are
+    counted: it is what would live on a device. Temporary tensors of the optimizer's step are in neither. Memory is
     looked at for each set of parameters that trains, and again for batches that are clearly larger than those before.
-    Such a batch is slow, and counts as much as the others on average in the time.
+    Such a batch is slow, and counts as much as the others on average in the time. A run that ends in mid-epoch is
+    validated once more, so that its metrics are those of its last step.
 
     Args:
         path: The file, replaced if it exists.
@@ -46,7 +46,7 @@ class RunMeasures(RunMeter):
         self.path = Path(path)
         self.memory = memory
         self._tokens: int | Tensor = 0
-        self._losses: list[tuple[int, float, Tensor]] = []  # step, seconds, loss
+        self._losses: list[tuple[int, Seconds, Tensor]] = []
         self._points: list[dict[str, Any]] = []
         self._rate = 0.0
         self._exposed_ms = 0.0
@@ -54,9 +54,12 @@ class RunMeasures(RunMeter):
         self._seen: dict[tuple[bool, ...], int] = {}  # elements of the largest batch, by what was trained
         self._by_group: dict[str, dict[str, int]] = {}
         self._gradients = 0
+        self._accumulated = 0  # bytes of gradients of the micro-batches before this one
         self._activations = 0
+        self._validated_at = 0
         self._tracked = ExitStack()
         self._tracker: AllocationTracker | None = None
+        self._step_before = 0
 
     # --- hooks, in the order in which they run ------------------------------------------------------------------------
 
@@ -66,6 +69,8 @@ class RunMeasures(RunMeter):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._gradients = self._activations = 0
+        self._accumulated = _gradient_bytes(pl_module)
+        self._step_before = trainer.global_step
         active = tuple(p.requires_grad for p in pl_module.parameters())
         size = sum(t.numel() for t in tree_leaves(batch) if isinstance(t, Tensor))
         has_room = active in self._seen or len(self._seen) < _MOST_SETS
@@ -85,7 +90,10 @@ class RunMeasures(RunMeter):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._rate = max(self._rate, *(float(group["lr"]) for group in optimizer.param_groups))
         if self._since is None:
-            self._gradients = sum(p.grad.nbytes for p in pl_module.parameters() if p.grad is not None)
+            self._gradients = _gradient_bytes(pl_module)
+            if self._device.type == "cuda":
+                there = _weight_bytes(pl_module) + self._gradients + state_bytes_on_device(trainer)
+                self._activations = torch.cuda.max_memory_allocated(self._device) - there
             self._end_tracking()
 
     @override
@@ -94,13 +102,17 @@ class RunMeasures(RunMeter):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._end_tracking()
+        has_stepped = trainer.global_step > self._step_before
         if self._since is None:
-            self._note_memory(trainer, pl_module)
+            if has_stepped:
+                self._note_memory(trainer, pl_module)
+            else:  # look at the batch that ends the step
+                del self._seen[tuple(p.requires_grad for p in pl_module.parameters())]
             self.start()
         self._tokens = self._tokens + (count_tokens(batch) or 0)
         self._note_loss(trainer, outputs)
         hift = find_callback(trainer)
-        if hift is not None:
+        if hift is not None and has_stepped:
             self._exposed_ms += sum(engine.offloader.exposed_ms() for engine in hift.engines)
             self._host_state = max(self._host_state, sum(engine.offloader.host_bytes for engine in hift.engines))
 
@@ -108,11 +120,14 @@ class RunMeasures(RunMeter):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and self.steps:
             self._points.append(self._point(trainer))
+            self._validated_at = self.steps
         super().on_validation_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        if trainer.enable_validation and self._validated_at != self.steps:
+            self._validate(trainer)
         last = self._point(trainer)
         points = [*(point for point in self._points if point["step"] < last["step"]), last]
         self.path.write_text(json.dumps({**self._summary(trainer, pl_module, last), "curve": points}) + "\n")
@@ -121,20 +136,22 @@ class RunMeasures(RunMeter):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._end_tracking()
 
+    def _validate(self, trainer: pl.Trainer) -> None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        self.stop()  # as on_validation_end has started the clock
+
     # --- what is noted ------------------------------------------------------------------------------------------------
 
     def _end_tracking(self) -> None:
         if self._tracker is not None:
-            self._activations = self._tracker.peak - self._gradients
+            self._activations = self._tracker.peak - (self._gradients - self._accumulated)
             self._tracker = None
             self._tracked.close()
 
     def _note_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-        state = self.state_bytes
-        known = weights + self._gradients + state
-        if self._device.type == "cuda":
-            self._activations = torch.cuda.max_memory_allocated(self._device) - known
+        weights, state = _weight_bytes(module), self.state_bytes
         hift = find_callback(trainer)
         name = "all" if hift is None or len(hift.groups) == 1 else " + ".join(e.active_group.name for e in hift.engines)
         found = {"parameters": weights, "gradients": self._gradients, "state": state, "residual": self._activations}
@@ -143,7 +160,7 @@ class RunMeasures(RunMeter):
     def _note_loss(self, trainer: pl.Trainer, outputs: STEP_OUTPUT) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses.append((trainer.global_step, self.elapsed.wall, loss.detach()))
+            self._losses.append((trainer.global_step, self.elapsed, loss.detach()))
 
     def _point(self, trainer: pl.Trainer) -> dict[str, Any]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
@@ -166,6 +183,8 @@ class RunMeasures(RunMeter):
             "seconds_per_step": last["seconds"] / steps,
             "cpu_seconds_per_step": last["cpu_seconds"] / steps,
             "tokens_per_second": last["tokens"] / last["seconds"] if last["tokens"] else None,
+            "tokens_per_cpu_second": last["tokens"] / last["cpu_seconds"] if last["tokens"] else None,
+            "device": self._device.type,
             "parameters": sum(p.numel() for p in module.parameters()),
             "trained_parameters": sum(owned.values()),
             "trainable_at_once": self.trainable_parameters,
@@ -173,7 +192,7 @@ class RunMeasures(RunMeter):
             "state_on_device": self.state_bytes,
             "state_on_host": self._host_state,
             "exposed_ms_per_step": self._exposed_ms / steps,
-            "host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "host_peak": process_memory("VmHWM"),
             **self._memory(),
             "losses": _thinned(self._losses),
         }
@@ -187,11 +206,24 @@ class RunMeasures(RunMeter):
         return {"memory": {**peak, "total": sum(peak.values())}, "memory_by_group": groups}
 
 
-def _thinned(losses: list[tuple[int, float, Tensor]]) -> list[list[float]]:
+def _weight_bytes(module: pl.LightningModule) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def _gradient_bytes(module: pl.LightningModule) -> int:
+    return sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+
+
+def _thinned(losses: list[tuple[int, Seconds, Tensor]]) -> list[dict[str, float]]:
     """Step, seconds and mean loss of stretches of equal length."""
     length = -(-len(losses) // _MOST_POINTS)
     stretches = [losses[i : i + length] for i in range(0, len(losses), max(1, length))]
     return [
-        [stretch[-1][0], round(stretch[-1][1], 3), round(float(torch.stack([loss for *_, loss in stretch]).mean()), 5)]
+        {
+            "step": stretch[-1][0],
+            "seconds": round(stretch[-1][1].wall, 3),
+            "cpu_seconds": round(stretch[-1][1].cpu, 3),
+            "loss": round(float(torch.stack([loss for *_, loss in stretch]).mean()), 5),
+        }
         for stretch in stretches
     ]

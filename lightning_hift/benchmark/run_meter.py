@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.callback import find_callback
+from lightning_hift.state_tree import count_bytes
 
 
 class Seconds(NamedTuple):
@@ -136,7 +137,8 @@ def state_bytes_on_device(trainer: pl.Trainer) -> int:
     if hift is not None:
         return sum(engine.offloader.device_bytes for engine in hift.engines)
     values = [v for optimizer in trainer.optimizers for state in optimizer.state.values() for v in state.values()]
-    return sum(v.nbytes for v in values if isinstance(v, Tensor))
+    # Some keep tensors in objects of their own: the projections of GaLore.
+    return sum(count_bytes(getattr(v, "__dict__", v) if not isinstance(v, Tensor) else v) for v in values)
 
 
 def _now() -> Seconds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from lightning_hift.benchmark.records import Record, append_record, read_records
 from lightning_hift.memory import process_memory
 
 SCHEMA = 1
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "error", "wer", "cer")
 _POLL_SECONDS = 0.5
 
 
@@ -69,24 +71,32 @@ class Runner:
         """On which something was run."""
         return list(dict.fromkeys(record["passport"]["device"] for record in self._all))
 
-    def known(self, cells: Iterable[Cell], device: str | None = None) -> dict[str, Record]:
-        """The last record of each cell that was run just as it is described now, by ``Cell.key``.
+    def described_otherwise(self, cells: Iterable[Cell]) -> int:
+        """How many measured records belong to none of the cells as they are described now."""
+        used = {id(record) for device in self.devices() for record in self.known(cells, device).values()}
+        return sum(record["status"] == MEASURED and id(record) not in used for record in self._all)
 
-        One that was not measured does not hide one that was, as when the records of two machines are merged.
+    def known(self, cells: Iterable[Cell], device: str | None = None) -> dict[str, Record]:
+        """The record of each cell that was run just as it is described now, by ``Cell.key``.
+
+        The first one that was measured, which others may depend on and which records that are merged do not replace;
+        or the last one, if none was.
 
         Args:
             cells: In an order in which those that others depend on come first.
             device: Where they were run; default: the device of this process.
         """
         here = [r for r in self._all if r["passport"]["device"] == (device or self._device)]
-        here.sort(key=lambda record: record["status"] == MEASURED)
-        by_run = {(json.dumps([r["cell"], r["trial"]], sort_keys=True), r["fingerprint"]): r for r in here}
+        by_run: dict[tuple[str, str], Record] = {}
+        for record in here:
+            run = json.dumps([record["cell"], record["trial"]], sort_keys=True), record["fingerprint"]
+            if run not in by_run or by_run[run]["status"] != MEASURED:
+                by_run[run] = record
         found: dict[str, Record] = {}
         for cell in cells:  # those that others depend on come first
             resolved, _ = self.resolve(cell, found)
-            record = None if resolved is None else by_run.get((cell.key, resolved.fingerprint(self.benchmark.kind)))
-            if record is not None:
-                found[cell.key] = record
+            if resolved is not None and (key := (cell.key, self._fingerprint(resolved))) in by_run:
+                found[cell.key] = by_run[key]
         return found
 
     def done(self, cells: Iterable[Cell], again: bool = False) -> dict[str, Record]:
@@ -106,7 +116,7 @@ class Runner:
                 return None, f"waits for {missing[0]}"
             best = self._best(cell.trials, known)
             if best is None:
-                return None, f"none of its {len(cell.trials)} trials was measured"
+                return None, f"none of its {len(cell.trials)} trials has come to a finite result"
             options |= best.trial or {}
         if cell.values.get(BUDGET) == EQUAL_TIME:
             steps, why = self._steps_in_time(cell, known)
@@ -117,10 +127,11 @@ class Runner:
 
     def _best(self, trials: Sequence[Cell], known: Mapping[str, Record]) -> Cell | None:
         metric = self.benchmark.metric_of(trials[0].values)
-        measured = [trial for trial in trials if known[trial.key]["status"] == MEASURED]
         sign = -1 if is_loss(metric) else 1
-        scores = {trial.key: sign * score_of(known[trial.key], metric) for trial in measured}
-        return max(measured, key=lambda trial: scores[trial.key], default=None)
+        scored = [trial for trial in trials if has_score(known[trial.key], metric)]
+        scores = {trial.key: sign * score_of(known[trial.key], metric) for trial in scored}
+        finite = [trial for trial in scored if math.isfinite(scores[trial.key])]
+        return max(finite, key=lambda trial: scores[trial.key], default=None)
 
     def _steps_in_time(self, cell: Cell, known: Mapping[str, Record]) -> tuple[int | None, str]:
         """As many steps as the baseline's time has room for, by the time that a step took with equal steps."""
@@ -133,7 +144,10 @@ class Runner:
             found.append(record["measured"])
         base, mine = found
         clock = clock_of(known[Cell(own).key])
-        return max(1, round(float(base[clock]) / float(mine[f"{clock}_per_step"]))), ""
+        time, per_step = base.get(clock), mine.get(f"{clock}_per_step")
+        if not time or not per_step:
+            return None, f"needs {clock} of the baseline and {clock}_per_step, which were not measured"
+        return max(1, round(float(time) / float(per_step))), ""
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -144,20 +158,21 @@ class Runner:
             cells: In an order in which those that others depend on come first.
             again: Repeat those that failed, too.
         """
-        known = self.done(cells, again)
         stages = groupby(cells, key=lambda cell: (cell.trial is None, cell.values.get(BUDGET) == EQUAL_TIME))
+        made: dict[str, Record] = {}
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
                 for _, stage in stages:
-                    # Of what comes before, everything is known by now.
+                    # Anew: where a trial was repeated, another one may be the best now.
+                    known = {**self.done(cells, again), **made}
                     missing = [cell for cell in stage if cell.key not in known]
-                    for cell, record in zip(missing, pool.map(lambda c: self._run(c, known), missing), strict=True):
-                        known[cell.key] = record
+                    records = pool.map(partial(self._run, known=known), missing)
+                    made |= {cell.key: record for cell, record in zip(missing, records, strict=True)}
             except BaseException:
                 self.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
-        return known
+        return {**self.done(cells, again), **made}
 
     def stop(self) -> None:
         """End what is running, without records."""
@@ -177,7 +192,7 @@ class Runner:
             "schema": SCHEMA,
             "cell": cell.values,
             "trial": cell.trial,
-            "fingerprint": resolved.fingerprint(self.benchmark.kind),
+            "fingerprint": self._fingerprint(resolved),
             "options": resolved.options,
             "configs": list(resolved.configs),
             **outcome,
@@ -189,6 +204,9 @@ class Runner:
                 self._all.append(record)
                 self._tell(cell, record)
         return record
+
+    def _fingerprint(self, cell: Cell) -> str:
+        return cell.fingerprint(self.benchmark.kind, self.benchmark.threads)
 
     def _in_process(self, cell: Cell) -> Record:
         limits, threads = self.benchmark.limits, self.benchmark.threads
@@ -246,6 +264,11 @@ def score_of(record: Record, metric: str) -> float:
     return float(found[metric])
 
 
+def has_score(record: Record, metric: str) -> bool:
+    """Whether a run was measured, and with this metric."""
+    return record["status"] == MEASURED and metric in record["measured"]
+
+
 def is_loss(metric: str) -> bool:
     """Whether less of it is better."""
     return metric.endswith(_LOWER_IS_BETTER)
@@ -253,7 +276,8 @@ def is_loss(metric: str) -> bool:
 
 def clock_of(record: Record) -> str:
     """The clock to go by: on a CPU that of the processor, which other programs on the machine hardly lengthen."""
-    return "cpu_seconds" if record["passport"]["device"].startswith("CPU") else "seconds"
+    on_cpu = record["passport"]["device"].startswith("CPU") or record.get("measured", {}).get("device") == "cpu"
+    return "cpu_seconds" if on_cpu else "seconds"
 
 
 def _watch(process: subprocess.Popen[str], seconds: float | None, host_memory: int | None) -> tuple[str, str] | None:

@@ -162,7 +162,7 @@ VARIANTS = {
     FULL: Variant("full fine-tuning, plain Lightning", train_with_lightning),
     ONE_GROUP: Variant(
         "one group, lightning_hift",
-        lambda size, batches: train_with_lightning(size, batches, [HiFTCallback(group_size=100)]),
+        lambda size, batches: train_with_lightning(size, batches, [HiFTCallback(group_size=100, always_active=[])]),
     ),
     BY_HAND: Variant("HiFT, loop by hand", train_by_hand),
     HIFT: Variant("HiFT, lightning_hift", lambda size, batches: train_with_lightning(size, batches, [as_published()])),

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from lightning_hift.benchmark.cell_process import MEASURED
 from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.runner import clock_of, is_loss, score_of
+from lightning_hift.benchmark.runner import clock_of, has_score, is_loss, score_of
 
 SEED = "seed"
 
@@ -63,7 +62,7 @@ class Line:
         return mean(pairs) if pairs else None
 
     def ratio(self, measure: str) -> float | None:
-        """Mean over seeds of a measure over the baseline's. ``time`` and ``time_per_step`` go by the right clock."""
+        """Mean over seeds of a measure over the baseline's. Times go by the right clock."""
         found = []
         for own, base in self._pairs():
             above, below = (value_of(record, measure) for record in (own, base))
@@ -83,7 +82,8 @@ class Line:
 def value_of(record: Record, measure: str) -> float | None:
     """A measured value by name; one in a mapping by its dotted name."""
     clock = clock_of(record)
-    name = {"time": clock, "time_per_step": f"{clock}_per_step"}.get(measure, measure)
+    by_clock = {"time": clock, "time_per_step": f"{clock}_per_step", "tokens_per_second": f"tokens_per_{clock[:-1]}"}
+    name = by_clock.get(measure, measure)
     value: Any = record["measured"]
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -101,13 +101,13 @@ def summarize(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str,
         measured, baselines = {}, {}
         for cell in alike:
             seed, record = cell.values.get(SEED), records.get(cell.key)
-            if record is not None and record["status"] == MEASURED:
+            metric = benchmark.metric_of(cell.values)
+            if record is not None and has_score(record, metric):
                 measured[seed] = record
             base = Cell(benchmark.baseline_of(cell.values))
             other = records.get(base.key)
-            if benchmark.baseline and base.key != cell.key and other is not None and other["status"] == MEASURED:
+            if benchmark.baseline and base.key != cell.key and other is not None and has_score(other, metric):
                 baselines[seed] = other
-        metric = benchmark.metric_of(alike[0].values)
         lines.append(Line(_without_seed(alike[0].values), metric, measured, baselines, len(alike)))
     return lines
 
