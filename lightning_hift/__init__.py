@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_hift.callback import HiFTCallback
     from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
+    from lightning_hift.ddp_strategy import HiFTDDPStrategy
     from lightning_hift.layer_updates import LayerUpdates
     from lightning_hift.module import HiFTModule
     from lightning_hift.planner.plan import make_plan
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "HFT",
     "HiFTCLI",
     "HiFTCallback",
+    "HiFTDDPStrategy",
     "HiFTEngine",
     "HiFTModule",
     "HiFTPrecision",
@@ -67,6 +69,7 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
 _NEEDS_LIGHTNING = {
     "HiFTCLI": "cli",
     "HiFTCallback": "callback",
+    "HiFTDDPStrategy": "ddp_strategy",
     "HiFTModule": "module",
     "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",

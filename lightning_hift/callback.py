@@ -156,11 +156,12 @@ class HiFTCallback(Callback):
         if sum(isinstance(callback, HiFTCallback) for callback in cast(Any, trainer).callbacks) > 1:
             raise MisconfigurationException("Got more than one HiFTCallback; a Trainer takes one.")
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy) or isinstance(strategy, SingleDeviceXLAStrategy):
+        on_one_device = isinstance(strategy, SingleDeviceStrategy) and not isinstance(strategy, SingleDeviceXLAStrategy)
+        if not on_one_device and not hasattr(strategy, "engine_options"):
             raise MisconfigurationException(
                 f"HiFTCallback does not work with {type(strategy).__name__}: it would train the wrong parameters, or"
-                " reduce gradients that do not exist, without an error. HiFT trains on one CPU or GPU: use"
-                " Trainer(devices=1, strategy='hift') or strategy='auto'."
+                " reduce gradients that do not exist, without an error. Use strategy='hift' on one device and"
+                " strategy='hift_ddp' on several."
             )
         self._engines = []
         self._running = False
@@ -195,7 +196,8 @@ class HiFTCallback(Callback):
             trainer.lightning_module,
             strategy.optimizers,
             **self.grouping,
-            seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            # Of several processes, the first one's.
+            seed=strategy.broadcast(self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))),
             lr_scale=self.lr_scale,
             advance_on_step=False,
             **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),

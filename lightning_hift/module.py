@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -68,9 +70,18 @@ class HiFTModule(pl.LightningModule):
         loss = self.training_loss(batch, batch_idx)
         if batch_idx % self.accumulate_grad_batches == 0:
             optimizer.zero_grad()
+        ends_window = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        strategy = self.trainer.strategy
+        if loss is None and self.trainer.world_size > 1:
+            raise RuntimeError(
+                f"training_loss returned None for batch {batch_idx} in one of {self.trainer.world_size} processes, and the"
+                " others would wait for its gradients. Return a loss of 0 that depends on the parameters."
+            )
         if loss is not None:
-            self.manual_backward(loss / self.accumulate_grad_batches)
-        if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            waits = isinstance(strategy, ParallelStrategy) and not ends_window
+            with strategy.block_backward_sync() if waits else nullcontext():
+                self.manual_backward(loss / self.accumulate_grad_batches)
+        if ends_window:
             optimizer.step()
             self._step_lr_schedulers("step", batch_idx)
         if self.trainer.is_last_batch:

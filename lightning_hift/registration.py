@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -12,6 +13,10 @@ from types import ModuleType
 from typing import Any
 
 _LIGHTNING = "lightning.pytorch"
+_STRATEGIES = {
+    "hift": ("strategy", "HiFTStrategy", "One device, one layer group at a time"),
+    "hift_ddp": ("ddp_strategy", "HiFTDDPStrategy", "Data parallel, one layer group at a time"),
+}
 
 
 def register_strategies() -> None:
@@ -46,9 +51,10 @@ class _AfterLightning(MetaPathFinder, Loader):
 
 def _register() -> None:
     registry = import_module("lightning.pytorch.strategies").StrategyRegistry
-    registry.register("hift", _make_hift_strategy, description="One device, one layer group at a time", override=True)
+    for name, (module, strategy, description) in _STRATEGIES.items():
+        registry.register(name, partial(_make, module, strategy), description=description, override=True)
 
 
-def _make_hift_strategy(**options: Any) -> Any:
+def _make(module: str, strategy: str, **options: Any) -> Any:
     # Imported here: the strategy's own import may be what has just brought in Lightning.
-    return import_module("lightning_hift.strategy").HiFTStrategy(**options)
+    return getattr(import_module(f"lightning_hift.{module}"), strategy)(**options)

@@ -1,0 +1,70 @@
+"""Processes that train one model together have to agree: about what they run, and in every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_LONGEST = 200  # characters of a value in a message
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Compare what each process is about to run, in plain values, with what the first one is.
+
+    Raises:
+        RuntimeError: In all processes: they differ. The message names the processes and the first difference.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, dict(facts))
+    first = everyone[0]
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != first]
+    if not others:
+        return
+    theirs = everyone[others[0]]
+    key = next(key for key in {**first, **theirs} if first.get(key) != theirs.get(key))
+    raise RuntimeError(
+        f"Process {', '.join(map(str, others))} differs from process 0 in {key}: {_shortened(theirs.get(key))} against"
+        f" {_shortened(first.get(key))}. All processes must run the same code with the same configuration."
+    )
+
+
+def check_identical(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    """Compare sums of the bits of weights over processes, which takes little time and 8 bytes per parameter.
+
+    Args:
+        parameters: By name, the same ones in the same order in all processes.
+        step: For the message.
+
+    Raises:
+        RuntimeError: In all processes: they differ.
+    """
+    mine = torch.stack([_sum_of_bits(p) for p in parameters.values()])
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    differs = (mine != first).to(torch.uint8)
+    dist.all_reduce(differs, dist.ReduceOp.MAX)
+    if bool(differs.any()):
+        names = [name for name, differ in zip(parameters, differs.tolist(), strict=True) if differ]
+        raise RuntimeError(
+            f"After step {step} the processes have different weights in {_listed(names)}. Something is stepped or set"
+            " in one process and not in the others, or is drawn at random by each of them. Mend that, and resume from the"
+            " last checkpoint."
+        )
+
+
+def _sum_of_bits(p: Tensor) -> Tensor:
+    return p.detach().contiguous().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -1,0 +1,232 @@
+"""``strategy="hift_ddp"``: data parallel, with the gradients of the active group alone going over the network."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hift.agreement import check_agreement, check_identical
+from lightning_hift.callback import HiFTCallback
+from lightning_hift.gradient_sync import GradientSync
+from lightning_hift.master_weights import MasterWeights
+from lightning_hift.offload import Offload
+from lightning_hift.state_housing import StateHousing
+
+
+class HiFTDDPStrategy(StateHousing, DDPStrategy):
+    """Trains on several devices, each with all weights and a share of each batch, as ``HiFTStrategy`` does on one.
+
+    Weights and buffers are those of the first process at the start. At each step the gradients of the active group, and
+    of no others, are averaged while the backward pass goes on; a parameter that a process has not used counts as one
+    with a gradient of zeros. With accumulation that happens once per optimizer step. Buffers that the forward pass
+    changes (statistics of batch norms) are those of the first process at the start of each batch. There is no
+    ``DistributedDataParallel`` around the module.
+
+    Args:
+        offload: See ``HiFTStrategy``, as for all up to ``activation_budget``.
+        offload_directory: On each host.
+        prefetch: .
+        pin_memory: .
+        master_weights: .
+        max_group_numel: .
+        activation_budget: For each process.
+        check_every_n_steps: Compare the weights of all processes every so many optimizer steps, and stop if they differ;
+            0 never does. It waits for the device.
+        timeout: Processes that wait longer for another one give up.
+        process_group_backend: As in Lightning's ``DDPStrategy``, as for all that follow.
+        start_method: .
+        accelerator: .
+        parallel_devices: .
+        cluster_environment: .
+        checkpoint_io: .
+        precision_plugin: .
+
+    Raises:
+        ValueError: As ``HiFTStrategy``, or ``check_every_n_steps`` is below 0.
+        RuntimeError: In ``fit``: processes run different code or configurations, or their weights have come apart.
+    """
+
+    strategy_name = "hift_ddp"
+
+    def __init__(
+        self,
+        offload: Offload = "host",
+        offload_directory: str | None = None,
+        prefetch: bool = True,
+        pin_memory: bool = True,
+        master_weights: MasterWeights = "auto",
+        max_group_numel: int | None = None,
+        activation_budget: str | int | None = None,
+        check_every_n_steps: int = 100,
+        timeout: timedelta = timedelta(minutes=10),
+        process_group_backend: str | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        if check_every_n_steps < 0:
+            raise ValueError(f"Got check_every_n_steps={check_every_n_steps}; it must be at least 1, or 0 for never.")
+        super().__init__(
+            offload,
+            offload_directory,
+            prefetch,
+            pin_memory,
+            master_weights,
+            max_group_numel,
+            activation_budget,
+            timeout=timeout,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.check_every_n_steps = check_every_n_steps
+        self._sync: GradientSync | None = None
+        self._buffer_versions: dict[Tensor, int] = {}
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of gradients that this process has handed over to be summed up, at this step."""
+        return 0 if self._sync is None else self._sync.sent_bytes
+
+    @override
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]  # no wrapper around it
+        return model
+
+    @override
+    def share_weights(self) -> None:
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self._take_from_first(tensor.detach())
+
+    @override
+    def on_attach(self, callback: HiFTCallback) -> None:
+        check_agreement(self._facts(callback))
+        self._close()
+        self._sync = GradientSync([p for engine in callback.engines for p in engine.parameters.values()])
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        assert self._hift is not None and self._sync is not None
+        self._sync.begin([p for engine in self._hift.engines for p in engine.active_parameters])
+        self._share_buffers()
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning's, but with averages before its hooks on_after_backward.
+        assert self.lightning_module is not None and self._sync is not None
+        plugin = self.precision_plugin
+        loss = plugin.pre_backward(closure_loss, self.lightning_module)
+        with self._sync.backward_pass():
+            plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        return plugin.post_backward(loss, self.lightning_module)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients are not averaged by backward passes in this context, but with those of the next one after it."""
+        assert self._sync is not None
+        with self._sync.blocked():
+            yield
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        for engine in () if self._hift is None else self._hift.engines:
+            if (
+                engine.optimizer is optimizer
+                and self.check_every_n_steps
+                and engine.step % self.check_every_n_steps == 0
+            ):
+                check_identical(engine.parameters, engine.step)
+        return result
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        # The state of the others is the same, and they write no file.
+        return super().optimizer_state(optimizer) if self.is_global_zero else {}
+
+    @override
+    def teardown(self) -> None:
+        self._close()
+        super().teardown()
+
+    def _close(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
+
+    def _take_from_first(self, tensor: Tensor) -> None:
+        """Through the device, as some backends know no other memory."""
+        there = tensor.to(self.root_device).contiguous()
+        dist.broadcast(there, 0)
+        if there.data_ptr() != tensor.data_ptr():
+            tensor.copy_(there)
+
+    def _share_buffers(self) -> None:
+        assert self.lightning_module is not None
+        for buffer in self.lightning_module.buffers():
+            if self._buffer_versions.get(buffer) != buffer._version:
+                self._take_from_first(buffer)
+                self._buffer_versions[buffer] = buffer._version
+
+    def _facts(self, callback: HiFTCallback) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {
+            "the version of torch": torch.__version__,
+            "the code of lightning_hift": _hash_of(*sorted(Path(__file__).parent.rglob("*.py"))),
+            "the code of the module": _hash_of(*_files_of(type(self.lightning_module))),
+            "precision": str(self.precision_plugin.precision),
+            "how state is kept": (self.offload, self.master_weights, self.max_group_numel),
+            "hold_lr": callback.hold_lr,
+            "parameters": [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in named],
+            "layer groups": [engine._fingerprint() for engine in callback.engines],
+            "optimizers": [_described(engine.optimizer) for engine in callback.engines],
+        }
+
+
+def _described(optimizer: Optimizer) -> tuple[str, list[dict[str, str]]]:
+    groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return type(optimizer).__name__, groups
+
+
+def _files_of(kind: type) -> list[Path]:
+    """Where a class and its bases are written, as far as they are in files."""
+    found = []
+    for each in kind.__mro__:
+        try:
+            found.append(Path(inspect.getfile(each)))
+        except (TypeError, OSError):  # built in, or typed in
+            continue
+    return [path for path in found if path.exists()]
+
+
+def _hash_of(*files: Path) -> str:
+    told = hashlib.sha256()
+    for path in files:
+        told.update(path.name.encode() + path.read_bytes())
+    return told.hexdigest()[:12]
