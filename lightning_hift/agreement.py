@@ -52,8 +52,8 @@ def check_identical(parameters: Mapping[str, nn.Parameter], step: int) -> None:
         names = [name for name, differ in zip(parameters, differs.tolist(), strict=True) if differ]
         raise RuntimeError(
             f"After step {step} the processes have different weights in {_listed(names)}. Something is stepped or set"
-            " in one process and not in the others, or is drawn at random by each of them. Mend that, and resume from the"
-            " last checkpoint."
+            " in one process and not in the others, or is drawn at random by each of them. Mend that, and resume"
+            " from the last checkpoint."
         )
 
 

@@ -46,8 +46,8 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         master_weights: .
         max_group_numel: .
         activation_budget: For each process.
-        check_every_n_steps: Compare the weights of all processes every so many optimizer steps, and stop if they differ;
-            0 never does. It waits for the device.
+        check_every_n_steps: Compare the weights of all processes every so many optimizer steps, which waits for the
+            device, and stop if they differ; 0 never does.
         timeout: Processes that wait longer for another one give up.
         process_group_backend: As in Lightning's ``DDPStrategy``, as for all that follow.
         start_method: .
@@ -130,14 +130,16 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        assert self._hift is not None and self._sync is not None
+        assert self._hift is not None
+        assert self._sync is not None
         self._sync.begin([p for engine in self._hift.engines for p in engine.active_parameters])
         self._share_buffers()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning's, but with averages before its hooks on_after_backward.
-        assert self.lightning_module is not None and self._sync is not None
+        assert self.lightning_module is not None
+        assert self._sync is not None
         plugin = self.precision_plugin
         loss = plugin.pre_backward(closure_loss, self.lightning_module)
         with self._sync.backward_pass():
@@ -155,12 +157,9 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        for engine in () if self._hift is None else self._hift.engines:
-            if (
-                engine.optimizer is optimizer
-                and self.check_every_n_steps
-                and engine.step % self.check_every_n_steps == 0
-            ):
+        engines = () if self._hift is None else self._hift.engines
+        for engine in (each for each in engines if each.optimizer is optimizer):
+            if self.check_every_n_steps and engine.step % self.check_every_n_steps == 0:
                 check_identical(engine.parameters, engine.step)
         return result
 

@@ -1,9 +1,9 @@
 """Averages gradients over processes, those of the parameters that train now and no others.
 
-torch's DistributedDataParallel fixes its parameters once and makes buckets for all of them. Here the parameters change
-from step to step, so that a step sends only the active group's gradients. Buckets are sent while the backward pass still
-computes the others, always in the same order: collective calls must come in the same order in all processes, but
-gradients may become ready in another one.
+torch's DistributedDataParallel fixes its parameters once and makes buckets for all of them. Here they change from step
+to step, so that a step sends only the active group's gradients. Buckets are sent while the backward pass still computes
+the others, always in the same order: collective calls must come in the same order in all processes, but gradients may
+become ready in another one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,8 @@ class _Bucket:
 class GradientSync:
     """Averages the gradients of some parameters over the processes of a group.
 
-    A parameter without gradient counts as one with a gradient of zeros, unless it has none in any process: then it keeps
-    none, as in one process.
+    A parameter without gradient counts as one with a gradient of zeros, unless it has none in any process: then it
+    keeps none, as in one process.
 
     Args:
         parameters: All that may ever train, the same ones in the same order in all processes.
@@ -59,7 +59,7 @@ class GradientSync:
         self._next = 0  # in the queue: the first one that was not sent
         self._is_open = False  # a backward pass is under way whose gradients are to be sent
         self._blocked = False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in parameters]
+        self._hooks = [cast(Any, p).register_post_accumulate_grad_hook(self._on_gradient) for p in parameters]
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients of ``parameters`` are averaged from now on: those that train at this step, in any order."""
@@ -126,12 +126,8 @@ class GradientSync:
         if len(gradients) == 1 and gradients[0] is not None and gradients[0].is_contiguous():
             bucket.sent = gradients[0]  # a large one, not copied
         else:
-            bucket.sent = torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).reshape(-1)
-                    for p, g in zip(bucket.parameters, gradients, strict=True)
-                ]
-            )
+            pairs = zip(bucket.parameters, gradients, strict=True)
+            bucket.sent = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs])
         bucket.sent.div_(dist.get_world_size(self._group))  # before the sum, which might overflow
         self.sent_bytes += bucket.sent.numel() * bucket.sent.element_size()
         bucket.work = dist.all_reduce(bucket.sent, group=self._group, async_op=True)
@@ -149,7 +145,7 @@ class GradientSync:
         for bucket in self._queue:
             bucket.work.wait()
             assert bucket.sent is not None
-            parts = bucket.sent.split([p.numel() for p in bucket.parameters])
+            parts = cast(Any, bucket.sent).split([p.numel() for p in bucket.parameters])
             for p, part in zip(bucket.parameters, parts, strict=True) if bucket.sent.ndim == 1 else ():
                 if p.grad is not None:
                     p.grad.copy_(part.view_as(p))

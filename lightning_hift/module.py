@@ -74,12 +74,12 @@ class HiFTModule(pl.LightningModule):
         strategy = self.trainer.strategy
         if loss is None and self.trainer.world_size > 1:
             raise RuntimeError(
-                f"training_loss returned None for batch {batch_idx} in one of {self.trainer.world_size} processes, and the"
-                " others would wait for its gradients. Return a loss of 0 that depends on the parameters."
+                f"training_loss returned None for batch {batch_idx} in one of {self.trainer.world_size} processes, and"
+                " the others would wait for its gradients. Return a loss of 0 that depends on the parameters."
             )
         if loss is not None:
-            waits = isinstance(strategy, ParallelStrategy) and not ends_window
-            with strategy.block_backward_sync() if waits else nullcontext():
+            waits = strategy if isinstance(strategy, ParallelStrategy) and not ends_window else None
+            with nullcontext() if waits is None else waits.block_backward_sync():
                 self.manual_backward(loss / self.accumulate_grad_batches)
         if ends_window:
             optimizer.step()

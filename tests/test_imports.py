@@ -16,8 +16,28 @@ FLOORS = [
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"}
     | {"selection", "policies", "drawn_blocks", "lr_scale"},
-    {"engine", "attach", "gradient_sync", "lending", "optimizer_state", "lr_scheduler", "checkpointing", "preflight", "mezo"},
-    {"callback", "state_housing", "strategy", "ddp_strategy", "agreement", "precision", "module", "checkpoint_io", "registration"}
+    {
+        "engine",
+        "attach",
+        "gradient_sync",
+        "lending",
+        "optimizer_state",
+        "lr_scheduler",
+        "checkpointing",
+        "preflight",
+        "mezo",
+    },
+    {
+        "callback",
+        "state_housing",
+        "strategy",
+        "ddp_strategy",
+        "agreement",
+        "precision",
+        "module",
+        "checkpoint_io",
+        "registration",
+    }
     | {"trainable", "packaged_optimizers", "predictions", "training_speed", "layer_updates", "layer_updates_plot"},
     {"tasks", "data"},
     {"planner"},

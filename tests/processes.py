@@ -1,0 +1,70 @@
+"""Processes that stay, to run functions of the tests together over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_SECONDS = 120  # for one function
+
+
+class Processes:
+    """Runs a function in several processes at once, each of which takes itself for one of a Trainer's.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.count = count
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, count, port), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What ``function(*args)`` returns in each process; an exception is returned, too, with its traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        found = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(_SECONDS), f"process {rank} hangs in {function.__name__}"
+            found.append(pipe.recv())
+        return found
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _serve(pipe: Connection, rank: int, count: int, port: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+    }
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send(function(*args))
+        except BaseException as error:
+            error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+            pipe.send(error)
