@@ -145,12 +145,15 @@ class GradientSync:
         for bucket in self._queue:
             bucket.work.wait()
             assert bucket.sent is not None
+            if bucket.sent is bucket.parameters[0].grad:
+                continue
             parts = cast(Any, bucket.sent).split([p.numel() for p in bucket.parameters])
-            for p, part in zip(bucket.parameters, parts, strict=True) if bucket.sent.ndim == 1 else ():
+            for p, part in zip(bucket.parameters, parts, strict=True):
                 if p.grad is not None:
                     p.grad.copy_(part.view_as(p))
                 elif somewhere[p]:
                     p.grad = part.view_as(p).clone()
+        for bucket in self._queue:
             bucket.sent = bucket.work = None
 
 
