@@ -387,7 +387,9 @@ class HiFTCallback(Callback):
             loss = loss / scaler.scale(torch.ones_like(loss))
         for engine in self._engines:
             if any(p.requires_grad for p in engine.active_parameters):
-                engine.observe(loss)
+                # Several processes have to learn the same, so from the same.
+                learns = type(engine.policy).observe is not SelectionPolicy.observe
+                engine.observe(trainer.strategy.reduce(loss, reduce_op="mean") if learns else loss)
 
     def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
         # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.
@@ -404,6 +406,9 @@ class HiFTCallback(Callback):
             "state_bytes_host": engine.offloader.host_bytes,
             "exposed_transfer_ms": engine.offloader.exposed_ms(),
         }
+        sent_bytes = getattr(pl_module.trainer.strategy, "sent_bytes", None)
+        if sent_bytes is not None:
+            values["sent_bytes"] = sent_bytes
         for name, value in values.items():
             # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
             on_bar = name in ("group", "sweep")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,8 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     Weights and buffers are those of the first process at the start. At each step the gradients of the active group, and
     of no others, are averaged while the backward pass goes on; a parameter that a process has not used counts as one
-    with a gradient of zeros. With accumulation that happens once per optimizer step. Buffers that the forward pass
-    changes (statistics of batch norms) are those of the first process at the start of each batch. There is no
+    with a gradient of zeros. With accumulation that happens once per optimizer step. Buffers (statistics of batch
+    norms), but for masks of booleans, are those of the first process at the start of each batch. There is no
     ``DistributedDataParallel`` around the module.
 
     Args:
@@ -104,7 +104,6 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         )
         self.check_every_n_steps = check_every_n_steps
         self._sync: GradientSync | None = None
-        self._buffer_versions: dict[Tensor, int] = {}
 
     @property
     def sent_bytes(self) -> int:
@@ -187,10 +186,17 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     def _share_buffers(self) -> None:
         assert self.lightning_module is not None
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.lightning_module.buffers():
-            if self._buffer_versions.get(buffer) != buffer._version:
-                self._take_from_first(buffer)
-                self._buffer_versions[buffer] = buffer._version
+            if buffer.dtype != torch.bool and buffer.numel():
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_dtype.values():
+            together = torch.cat([buffer.reshape(-1).to(self.root_device) for buffer in buffers])
+            dist.broadcast(together, 0)
+            if self.global_rank:
+                parts = cast(Any, together).split([buffer.numel() for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.view_as(buffer))
 
     def _facts(self, callback: HiFTCallback) -> dict[str, Any]:
         assert self.lightning_module is not None
