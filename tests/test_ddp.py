@@ -51,7 +51,7 @@ class MastersAtStart(pl.Callback):
         (engine,) = next(c for c in run.callbacks if hasattr(c, "engines")).engines
         collected = engine.optimizer.state_dict()["hift"]["masters"]
         names = [name.removeprefix("net.") for name, _ in module.named_parameters()]
-        self.masters = {names[i]: value for i, value in collected.items()}
+        self.masters = {names[i]: value.clone() for i, value in collected.items()}
 
 
 def rows(steps, world):
