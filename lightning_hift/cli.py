@@ -18,12 +18,15 @@ from typing_extensions import override
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_hift.callback import HiFTCallback
+from lightning_hift.ddp_strategy import HiFTDDPStrategy
+from lightning_hift.state_housing import StateHousing
 from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks.export import export_checkpoint
 from lightning_hift.trainable import TrainOnly
 from lightning_hift.trainer import HiFTTrainer
 from lightning_hift.training_speed import TrainingSpeed
 
+_STRATEGIES = (HiFTStrategy, HiFTDDPStrategy)
 _WITHOUT_A_RUN = ("groups", "plan")
 _SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
 _FLAGS_OF_EXPORT = {
@@ -121,7 +124,7 @@ class HiFTCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and try the values under ``hift:`` and those of a ``HiFTStrategy``."""
+        """Parse, and try the values under ``hift:`` and those of a strategy of ours."""
         if args is None:
             sys.argv[1:] = _with_underscores(sys.argv[1:])
         super().parse_arguments(parser, _with_underscores(args) if isinstance(args, list) else args)
@@ -135,10 +138,10 @@ class HiFTCLI(LightningCLI):
         if config["train_only"] is not None:
             _try(parser, "train_only", TrainOnly, {"patterns": config["train_only"]})
         strategy = config["trainer"]["strategy"]
-        if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
+        if (kind := _kind_of(strategy)) is not None and not isinstance(strategy, str):
             given = vars(strategy.init_args)
             simple = {key: given[key] for key in _SIMPLE if key in given}
-            _try(parser, "trainer.strategy", HiFTStrategy, simple)
+            _try(parser, "trainer.strategy", kind, simple)
 
     @override
     def instantiate_classes(self) -> None:
@@ -218,10 +221,16 @@ def _make_plain(parser: LightningArgumentParser, subcommand: str | None, config:
             f'Parser key "hift": got {", ".join(given)} beside plain=true, which trains without HiFT. Drop one.'
         )
     strategy = config["trainer"]["strategy"]
-    if getattr(strategy, "class_path", "").rpartition(".")[2] == HiFTStrategy.__name__:
-        parser.error("Got the strategy HiFTStrategy beside plain=true, which trains without HiFT. Drop one.")
     if strategy == HiFTStrategy.strategy_name:  # the default
         config["trainer"]["strategy"] = "auto"
+    elif (kind := _kind_of(strategy)) is not None:
+        parser.error(f"Got the strategy {kind.__name__} beside plain=true, which trains without HiFT. Drop one.")
+
+
+def _kind_of(strategy: Any) -> type[StateHousing] | None:
+    """Which of ours is meant by a name or a class path, if any."""
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "").rpartition(".")[2]
+    return next((kind for kind in _STRATEGIES if name in (kind.strategy_name, kind.__name__)), None)
 
 
 def _make_callback(policy: Any, **arguments: Any) -> HiFTCallback:
