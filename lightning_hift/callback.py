@@ -254,7 +254,7 @@ class HiFTCallback(Callback):
             if length > 1:
                 rank_zero_warn(
                     f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
-                    f" will get about {total / length:.0f} of the {total} steps it would get without HiFT."
+                    f" will get about {total / length:.0f} of the {total:g} steps it would get without HiFT."
                     " Size the schedule in sweeps, or use hold_lr='replay'."
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def recorded(path: str, outcomes: list[dict[str, Any]]) -> None:
     """Add a record for each cell of a benchmark, as if it had been run."""
     benchmark = load_benchmark(path)
     for cell, outcome in zip(benchmark.cells(), outcomes, strict=True):
-        told = {"schema": SCHEMA, "cell": cell.values, "trial": None, "fingerprint": cell.fingerprint(benchmark.kind)}
+        fingerprint = cell.fingerprint(benchmark.kind, benchmark.threads)
+        told = {"schema": SCHEMA, "cell": cell.values, "trial": None, "fingerprint": fingerprint}
         append_record(Path(f"{benchmark.output}.jsonl"), {**told, "wall_seconds": 1.0, **outcome})
 
 
@@ -271,7 +273,7 @@ def test_a_search_that_fails_says_why(
 
 
 def test_a_batch_whose_process_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="with a batch of 2: the process ended with code 1"):
         memory.run([], LARGEST, tmp_path)
 
@@ -320,14 +322,14 @@ def test_rows_that_were_skipped_elsewhere_hide_nothing(configured: Any, tmp_path
     assert "CPU, x" not in table
 
 
-def test_what_was_measured_is_known_whatever_came_later(configured: Any, tmp_path: Path) -> None:
+def test_what_was_measured_first_is_known_whatever_came_later(configured: Any, tmp_path: Path) -> None:
     path = configured("memory_gpu.yaml", axes={"row": ["split"]}, tiny=True)
     for outcome in (record("split", reserved=1), record("split", reserved=2)):
         recorded(path, [outcome])
     recorded(path, [{"status": "failed", "reason": "no", "passport": PASSPORT}])
     benchmark = load_benchmark(path)
     found = Runner(benchmark, tmp_path / "memory_gpu.jsonl").known(benchmark.cells(), "a card")
-    assert [one["measured"]["reserved"] for one in found.values()] == [2]
+    assert [one["measured"]["reserved"] for one in found.values()] == [1]
 
 
 def test_a_row_is_shown_as_it_was_measured(configured: Any, tmp_path: Path) -> None:

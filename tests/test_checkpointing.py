@@ -20,6 +20,7 @@ from tests.models import (
     Manual,
     Net,
     adamw,
+    as_published,
     assert_same_weights,
     loader,
     next_token_loss,
@@ -769,7 +770,7 @@ class WithBudget(HiFTCallback):
 @pytest.mark.parametrize("make_module", [Automatic, Manual])
 def test_calls_of_a_callback_in_a_trainer(make_module, precision, tmp_path):
     ends = []
-    for callback in (HiFTCallback(), WithBudget(8000), WithBudget(PLENTY)):
+    for callback in (as_published(), WithBudget(8000), WithBudget(PLENTY)):
         module = make_module()
         options = {"max_epochs": 3, "precision": precision, "default_root_dir": tmp_path, "enable_checkpointing": True}
         # Manual modules do their own accumulation.
