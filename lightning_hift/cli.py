@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -130,7 +130,7 @@ class HiFTCLI(LightningCLI):
         super().parse_arguments(parser, _with_underscores(args) if isinstance(args, list) else args)
         if self.config.get("subcommand") in _WITHOUT_A_RUN:
             self.config[self.config["subcommand"]]["seed_everything"] = False
-            self._until_made.enter_context(warnings_only())
+            self._until_made.enter_context(WarningsOnly())
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         if config["plain"]:
             _make_plain(parser, self.config.get("subcommand"), config)
@@ -188,18 +188,17 @@ class HiFTCLI(LightningCLI):
             self.parser.error(str(error))
 
 
-@contextmanager
-def warnings_only() -> Iterator[None]:
-    """Keep Lightning's words on devices and seeds, and its advertising, from where nothing is run."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class WarningsOnly:
+    """Keeps Lightning's words on devices and seeds, and its advertising, from where nothing is run."""
+
+    def __enter__(self) -> None:
+        self._levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+        for name in self._levels:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _try(parser: LightningArgumentParser, key: str, make: Callable[..., Any], arguments: Any) -> None:

@@ -192,11 +192,11 @@ def test_norms_and_biases_are_not_decayed() -> None:
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"callbacks": True}, {"strategy": "hift"}])
+@pytest.mark.parametrize("options", [{}, {"callbacks": True}, {"strategy": "hift", "callbacks": True}])
 def test_reviews_are_learnt(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     pl.seed_everything(0)
     if "callbacks" in options:
-        options = {"callbacks": as_published(always_active=["head"], steps_per_group=2)}
+        options = {**options, "callbacks": as_published(always_active=["head"], steps_per_group=2)}
     task = SequenceClassification(model=str(folder), optimizer=adam, lr_scheduler="linear")
     fitted = trainer(max_epochs=100, check_val_every_n_epoch=100, **options)
     fitted.fit(task, reviews(tmp_path))

@@ -241,7 +241,7 @@ def test_each_step_moves_one_group(always: list[str]) -> None:
             super().on_train_batch_end(run, each, *args)
             self.moved.append({name for name, w in weights(each).items() if not torch.equal(w, self.before[name])})
 
-    watch = Watch(always_active=always)
+    watch = Watch(1, "bottom2up", steps_per_group=1, always_active=always)
     trainer(callbacks=[watch]).fit(Manual(mezo), loader(5))
     groups = [set(group) for group in GROUPS]
     expected = [group | groups[-1] for group in groups[:-1]] if always else groups

@@ -160,7 +160,7 @@ def test_trainer_with_disk(tmp_path):
             super().on_train_batch_end(*args)
             seen.append(len(list(tmp_path.rglob("*.bin"))))
 
-    run = trainer(strategy=strategy, callbacks=[Look()])
+    run = trainer(strategy=strategy, callbacks=[Look(1, "bottom2up", steps_per_group=1, lr_scale=1.0)])
     run.fit(disk, loader(12))
     trainer(strategy="hift").fit(host, loader(12))
     assert_same_weights(disk, host)

@@ -576,20 +576,6 @@ def test_bad_strategy_arguments(options, message):
         HiFTStrategy(**options)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "fsdp", "deepspeed"])
-def test_distributed_strategies_are_refused(strategy):
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-
-    refused = {"ddp": DDPStrategy, "fsdp": FSDPStrategy, "ddp_spawn": DDPStrategy, "deepspeed": ModelParallelStrategy}
-    run = trainer()
-    run.strategy.__class__  # noqa: B018
-    fake = refused[strategy].__new__(refused[strategy])
-    fake._checkpoint_io = None
-    run._accelerator_connector.strategy = fake
-    with pytest.raises(Exception, match=r"HiFTCallback does not work with .*devices=1, strategy='hift'"):
-        as_published().setup(run, Automatic(), "fit")
-
-
 def test_ddp_is_refused_in_fit():
     with pytest.raises(Exception, match="HiFTCallback does not work with DDPStrategy"):
         trainer(strategy="ddp", callbacks=[as_published()]).fit(Automatic(), loader(2))

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_hift.benchmark.kinds import Planned
 from lightning_hift.callback import find_callback
-from lightning_hift.cli import HiFTCLI, warnings_only
+from lightning_hift.cli import HiFTCLI, WarningsOnly
 from lightning_hift.trainer import HiFTTrainer
 
 _MORE_THAN_ANY = 10**6  # layer units
@@ -56,7 +56,7 @@ def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dic
 def plan(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Planned:
     """Bytes at the peak, without a run."""
     arguments = _arguments(configs, {**options, "seed_everything": False}, folder)
-    with warnings_only():
+    with WarningsOnly():
         cli = BenchmarkCLI(args=arguments, run=False)
     trainer, by_hift = cast(HiFTTrainer, cli.trainer), find_callback(cli.trainer) is not None
     full = {} if by_hift else {"group_size": _MORE_THAN_ANY, "offload": "none"}
