@@ -282,7 +282,7 @@ def test_the_best_trial_is_taken_for_all_seeds(here, monkeypatch):
         (None, 0, 1),
         (None, 1, 1),
     ]
-    by_loss = replace(tried, metric="val_loss", output="out/loss")
+    by_loss = replace(tried, trial_metric="val_loss", output="out/loss")
     made = run_here(runner := Runner(by_loss, Path("out/loss.jsonl")), monkeypatch)
     runner.run(by_loss.cells())
     assert {c.options["lr"] for c in made if c.trial is None and c.values["method"] == "a"} == {5}

@@ -41,6 +41,7 @@ _SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "exclude": (list, "[{method: full, seed: [1, 2]}]"),
     "baseline": (dict, "{method: full}"),
     "metric": ((str, dict), "val_accuracy"),
+    "trial_metric": (str, "val_loss"),
     "trial_at": (dict, "{seed: 100}"),
     "threads": (int, "1"),
 }
@@ -129,6 +130,7 @@ class Benchmark:
         exclude: What not to run: values, or lists of them, by axis.
         baseline: The value of some axes that others are compared with.
         metric: The metric that counts, or one for each value of the axis ``task``.
+        trial_metric: What trials are compared by, such as a loss, which is less noisy; default: ``metric``.
         trial_at: The values of some axes in trials, such as a seed that is not used otherwise, or one task for all.
         limits: Of each run.
         threads: Of torch, per run; default: torch's own choice.
@@ -148,6 +150,7 @@ class Benchmark:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
     metric: str | dict[str, str] = "val_loss"
+    trial_metric: str | None = None
     trial_at: dict[str, Any] = field(default_factory=lambda: {"seed": 100})
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None

@@ -194,7 +194,7 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
     for cell in cells:
         record = records.get(cell.key)
         if cell.trial is not None and record is not None:
-            metric = benchmark.metric_of(cell.values)
+            metric = benchmark.trial_metric or benchmark.metric_of(cell.values)
             score = record["measured"].get(metric) if record["status"] == MEASURED else None
             values = {k.rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else v for k, v in cell.trial.items()}
             told = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -205,7 +205,8 @@ def _trials(benchmark: Benchmark, cells: Sequence[Cell], records: Mapping[str, R
         return []
     header = [*(axis for axis in benchmark.axes if axis not in ("seed", BUDGET)), "trial", "result"]
     where = ", ".join(f"{axis} {value}" for axis, value in benchmark.trial_at.items() if axis in benchmark.axes)
-    note = f"Tried out with {where}; the best of each is used above, for all runs."
+    by = f" by {benchmark.trial_metric.removeprefix('val_')}" if benchmark.trial_metric else ""
+    note = f"Tried out with {where}; the best of each{by} is used above, for all runs."
     return ["## Settings that were tried", f"{format_markdown(header, rows)}\n\n{note}"]
 
 

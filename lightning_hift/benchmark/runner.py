@@ -126,7 +126,7 @@ class Runner:
         return replace(cell, options=options), ""
 
     def _best(self, trials: Sequence[Cell], known: Mapping[str, Record]) -> Cell | None:
-        metric = self.benchmark.metric_of(trials[0].values)
+        metric = self.benchmark.trial_metric or self.benchmark.metric_of(trials[0].values)
         sign = -1 if is_loss(metric) else 1
         scored = [trial for trial in trials if has_score(known[trial.key], metric)]
         scores = {trial.key: sign * score_of(known[trial.key], metric) for trial in scored}
