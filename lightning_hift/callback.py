@@ -237,7 +237,7 @@ class HiFTCallback(Callback):
         window = getattr(trainer.lightning_module, "accumulate_grad_batches", 1)
         total = trainer.estimated_stepping_batches / (window if isinstance(window, int) else 1)
         for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
-            missing = [engine.groups[index].name for index in engine.policy.left_out(total)]
+            missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
             if missing:
                 rank_zero_warn(
                     f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
@@ -388,8 +388,7 @@ class HiFTCallback(Callback):
         for engine in self._engines:
             if any(p.requires_grad for p in engine.active_parameters):
                 # Several processes have to learn the same, so from the same.
-                learns = type(engine.policy).observe is not SelectionPolicy.observe
-                engine.observe(trainer.strategy.reduce(loss, reduce_op="mean") if learns else loss)
+                engine.observe(trainer.strategy.reduce(loss, reduce_op="mean") if engine.policy.learns else loss)
 
     def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
         # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lightning_hift.fingerprint import check_fingerprint, make_fingerprint
 from lightning_hift.grouping import LayerGroup, LayerUnit
 from lightning_hift.lending import Lender
-from lightning_hift.lr_scale import AUTO, LRScale, check_lr_scale, lr_scales
+from lightning_hift.lr_scale import LRScale, lr_scales_for
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_checks import check_counts, check_optimizer, check_resettable, counts_of
@@ -109,7 +109,7 @@ class HiFTEngine:
         self.step = 0
         self._advance_on_step = advance_on_step
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
-        self.lr_scales = self._lr_scales(lr_scale)
+        self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
         self._held_back = tuple(held_back)
         self._check_ownership()
         self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
@@ -537,21 +537,6 @@ class HiFTEngine:
             scheduler.restore_held(held[index])
 
     # --- helpers ------------------------------------------------------------------------------------------------------
-
-    def _lr_scales(self, lr_scale: LRScale) -> tuple[float, ...]:
-        check_lr_scale(lr_scale)
-        kind, groups = type(self.optimizer).__name__, self.optimizer.param_groups
-        if not self._needs_gradient:
-            why = f"{kind} moves all active parameters at once"
-        elif all(group.get("lr") is None for group in groups):
-            why = f"{kind} has no learning rate that could be multiplied"
-        elif lr_scale == AUTO and any("d" in group for group in groups):  # Prodigy, D-Adaptation
-            why = f"{kind} finds its own learning rate"
-        else:
-            return lr_scales(lr_scale, self.policy, len(self.groups))
-        if lr_scale not in (1.0, AUTO):
-            raise ValueError(f"Got lr_scale={lr_scale!r}, but {why}. Use lr_scale=1.0, and set its own options.")
-        return (1.0,) * len(self.groups)
 
     def _turns_of(self, groups: Sequence[LayerGroup]) -> list[tuple[int | str, list[Piece]]]:
         """What is stepped together, turn by turn, with the group that it belongs to."""

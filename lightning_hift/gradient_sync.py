@@ -26,6 +26,7 @@ class _Bucket:
     """Parameters whose gradients are sent together, and their gradients on the way."""
 
     parameters: list[nn.Parameter]
+    nbytes: int = 0
     waits_for: set[nn.Parameter] = field(default_factory=set)
     sent: Tensor | None = None  # flat, or the only gradient itself
     work: Any = None
@@ -69,6 +70,7 @@ class GradientSync:
             if last is None or _is_full(last, p, self._bucket_bytes):
                 self._buckets.append(last := _Bucket([]))
             last.parameters.append(p)
+            last.nbytes += p.nbytes
             self._bucket_of[p] = last
         self.sent_bytes = 0
 
@@ -159,5 +161,4 @@ class GradientSync:
 
 def _is_full(bucket: _Bucket, p: nn.Parameter, most: int) -> bool:
     last = bucket.parameters[-1]
-    nbytes = sum(each.numel() * each.element_size() for each in (*bucket.parameters, p))
-    return nbytes > most or last.dtype != p.dtype or last.device != p.device
+    return bucket.nbytes + p.nbytes > most or last.dtype != p.dtype or last.device != p.device

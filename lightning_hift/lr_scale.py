@@ -50,6 +50,29 @@ def lr_scales(lr_scale: LRScale, policy: SelectionPolicy, num_groups: int) -> tu
     return tuple(min(_LARGEST, policy.share_of(index) ** -_EXPONENT) for index in range(num_groups))
 
 
+def lr_scales_for(
+    optimizer: Optimizer, lr_scale: LRScale, policy: SelectionPolicy, num_groups: int
+) -> tuple[float, ...]:
+    """``lr_scales``, but 1 for optimizers whose learning rate is none that could be multiplied.
+
+    Raises:
+        ValueError: A number is asked for all the same, or ``lr_scale`` is out of range.
+    """
+    check_lr_scale(lr_scale)
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    if not getattr(optimizer, "needs_gradient", True):  # zeroth-order ones
+        why = f"{kind} moves all active parameters at once"
+    elif all(group.get("lr") is None for group in groups):
+        why = f"{kind} has no learning rate that could be multiplied"
+    elif lr_scale == AUTO and any("d" in group for group in groups):  # Prodigy, D-Adaptation
+        why = f"{kind} finds its own learning rate"
+    else:
+        return lr_scales(lr_scale, policy, num_groups)
+    if lr_scale not in (1.0, AUTO):
+        raise ValueError(f"Got lr_scale={lr_scale!r}, but {why}. Use lr_scale=1.0, and set its own options.")
+    return (1.0,) * num_groups
+
+
 class LRScaler:
     """Multiplies the learning rates of an optimizer for the length of one step, so that nothing else gets to see it.
 

@@ -99,9 +99,7 @@ class SweepSchedule(SelectionPolicy):
     def bound_to(self, groups: Sequence[LayerGroup], seed: int = 0) -> SweepSchedule:
         """The same schedule over ``groups``."""
         turns = tuple(len(group.units) for group in groups) if self.per_unit else self.turns
-        bound = replace(self, num_groups=len(groups), seed=seed, turns=turns)
-        object.__setattr__(bound, "groups", tuple(groups))
-        return bound
+        return replace(self, num_groups=len(groups), seed=seed, turns=turns)
 
     def fingerprint(self) -> dict[str, Any]:
         """All arguments that matter."""

@@ -59,12 +59,16 @@ class SelectionPolicy(ABC):
         """The share of the optimizer steps in which group ``index`` trains, on average: above 0, and at most 1."""
         return min(1.0, (self.most_groups or len(self.groups)) / len(self.groups))
 
-    def left_out(self, num_steps: float) -> list[int]:
+    @property
+    def learns(self) -> bool:
+        """Whether it makes anything of the losses that it is shown."""
+        return type(self).observe is not SelectionPolicy.observe
+
+    def left_out(self, num_steps: float, num_groups: int) -> list[int]:
         """Groups that do not train in a run of so many optimizer steps, as far as that can be told beforehand."""
-        learns = type(self).observe is not SelectionPolicy.observe
-        if learns or not 0 < num_steps < _MANY_STEPS:
+        if self.learns or not 0 < num_steps < _MANY_STEPS:
             return []
-        missing = set(range(len(self.groups)))
+        missing = set(range(num_groups))
         for step in range(math.ceil(num_steps)):
             if not missing:
                 break

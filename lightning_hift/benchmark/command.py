@@ -87,7 +87,7 @@ def _main(options: argparse.Namespace) -> None:
         runner.run(cells, again=options.again)
         progress.end()
     by_device = {device: runner.known(every, device) for device in runner.devices()}
-    if others := runner.described_otherwise(every):
+    if others := runner.described_otherwise(by_device):
         print(f"{others} runs in {path} are described otherwise now, by other files or options, and are not reported.")
     files = report_function(benchmark.kind)(benchmark, every, by_device)
     print("\n".join(f"Written: {file}" for file in (path, *files)))

@@ -221,13 +221,11 @@ class Benchmark:
             by_axis = {axis: by_axis[axis] for axis in self.axes}
             if not any(matches(by_axis, each) for each in self.exclude):
                 found.append(self._cell(by_axis))
-        for cell in found:
-            self.metric_of(cell.values)
         final = sorted(found, key=lambda cell: cell.values.get(BUDGET) == EQUAL_TIME)
         trials = {trial.key: trial for cell in final for trial in cell.trials}
-        for trial in trials.values():
-            self.metric_of(trial.values)
         cells = [*trials.values(), *final]
+        for cell in cells:
+            self.metric_of(cell.values)
         _check_twins(cells, self.kind)
         return cells
 

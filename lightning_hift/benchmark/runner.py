@@ -71,9 +71,9 @@ class Runner:
         """On which something was run."""
         return list(dict.fromkeys(record["passport"]["device"] for record in self._all))
 
-    def described_otherwise(self, cells: Iterable[Cell]) -> int:
-        """How many measured records belong to none of the cells as they are described now."""
-        used = {id(record) for device in self.devices() for record in self.known(cells, device).values()}
+    def described_otherwise(self, by_device: Mapping[str, Mapping[str, Record]]) -> int:
+        """How many measured records are none of those that are ``known``, by device, of all cells."""
+        used = {id(record) for known in by_device.values() for record in known.values()}
         return sum(record["status"] == MEASURED and id(record) not in used for record in self._all)
 
     def known(self, cells: Iterable[Cell], device: str | None = None) -> dict[str, Record]:
@@ -159,6 +159,7 @@ class Runner:
             again: Repeat those that failed, too.
         """
         stages = groupby(cells, key=lambda cell: (cell.trial is None, cell.values.get(BUDGET) == EQUAL_TIME))
+        known: dict[str, Record] = {}
         made: dict[str, Record] = {}
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
@@ -172,7 +173,7 @@ class Runner:
                 self.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
-        return {**self.done(cells, again), **made}
+        return {**known, **made}
 
     def stop(self) -> None:
         """End what is running, without records."""
