@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
     from lightning_hift.ddp_strategy import HiFTDDPStrategy
+    from lightning_hift.fsdp_strategy import HiFTFSDPStrategy
     from lightning_hift.layer_updates import LayerUpdates
     from lightning_hift.module import HiFTModule
     from lightning_hift.planner.plan import make_plan
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "HiFTCallback",
     "HiFTDDPStrategy",
     "HiFTEngine",
+    "HiFTFSDPStrategy",
     "HiFTModule",
     "HiFTPrecision",
     "HiFTStrategy",
@@ -70,6 +72,7 @@ _NEEDS_LIGHTNING = {
     "HiFTCLI": "cli",
     "HiFTCallback": "callback",
     "HiFTDDPStrategy": "ddp_strategy",
+    "HiFTFSDPStrategy": "fsdp_strategy",
     "HiFTModule": "module",
     "HiFTPrecision": "precision",
     "HiFTStrategy": "strategy",

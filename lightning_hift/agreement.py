@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.callback import HiFTCallback
+from lightning_hift.state_housing import StateHousing
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _LONGEST = 200  # characters of a value in a message
+
+
+def describe_run(strategy: StateHousing, callback: HiFTCallback) -> dict[str, Any]:
+    """What a process is about to run, for ``check_agreement``."""
+    module = strategy.lightning_module
+    assert module is not None
+    return {
+        "the version of torch": torch.__version__,
+        "the code of lightning_hift": _hash_of(*sorted(Path(__file__).parent.rglob("*.py"))),
+        "the code of the module": _hash_of(*_files_of(type(module))),
+        "precision": str(strategy.precision_plugin.precision),
+        "how state is kept": (strategy.offload, strategy.master_weights, strategy.max_group_numel),
+        "hold_lr": callback.hold_lr,
+        "parameters": [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()],
+        "layer groups": [engine._fingerprint() for engine in callback.engines],
+        "optimizers": [_described(engine.optimizer) for engine in callback.engines],
+    }
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
@@ -68,3 +92,26 @@ def _listed(names: Sequence[str]) -> str:
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _described(optimizer: Optimizer) -> tuple[str, list[dict[str, str]]]:
+    groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return type(optimizer).__name__, groups
+
+
+def _files_of(kind: type) -> list[Path]:
+    """Where a class and its bases are written, as far as they are in files."""
+    found = []
+    for each in kind.__mro__:
+        try:
+            found.append(Path(inspect.getfile(each)))
+        except (TypeError, OSError):  # built in, or typed in
+            continue
+    return [path for path in found if path.exists()]
+
+
+def _hash_of(*files: Path) -> str:
+    told = hashlib.sha256()
+    for path in files:
+        told.update(path.name.encode() + path.read_bytes())
+    return told.hexdigest()[:12]

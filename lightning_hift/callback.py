@@ -35,6 +35,7 @@ from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_mo
 from lightning_hift.report import describe_groups, describe_sweep
 from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy, check_count
+from lightning_hift.sharded_tensors import is_sharded
 
 _ORDER: Order = "top2down"
 _STEPS_PER_GROUP = 4
@@ -324,7 +325,8 @@ class HiFTCallback(Callback):
         engine.announce_step()
         gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
         if gradients:
-            self._grad_norm[index] = torch.nn.utils.get_total_norm(gradients)
+            norm: Any = torch.nn.utils.get_total_norm(gradients)
+            self._grad_norm[index] = norm.full_tensor() if is_sharded(norm) else norm
 
     @override
     def on_train_batch_end(

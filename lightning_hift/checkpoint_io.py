@@ -44,7 +44,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     @override
     def load_checkpoint(
@@ -79,7 +79,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut, where the system allows it."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +18,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.agreement import check_agreement, check_identical
+from lightning_hift.agreement import check_agreement, check_identical, describe_run
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.gradient_sync import GradientSync
 from lightning_hift.master_weights import MasterWeights
@@ -122,7 +119,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     @override
     def on_attach(self, callback: HiFTCallback) -> None:
-        check_agreement(self._facts(callback))
+        check_agreement(describe_run(self, callback))
         self._close()
         self._sync = GradientSync([p for engine in callback.engines for p in engine.parameters.values()])
 
@@ -197,41 +194,3 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
                 parts = cast(Any, together).split([buffer.numel() for buffer in buffers])
                 for buffer, part in zip(buffers, parts, strict=True):
                     buffer.copy_(part.view_as(buffer))
-
-    def _facts(self, callback: HiFTCallback) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        named = self.lightning_module.named_parameters()
-        return {
-            "the version of torch": torch.__version__,
-            "the code of lightning_hift": _hash_of(*sorted(Path(__file__).parent.rglob("*.py"))),
-            "the code of the module": _hash_of(*_files_of(type(self.lightning_module))),
-            "precision": str(self.precision_plugin.precision),
-            "how state is kept": (self.offload, self.master_weights, self.max_group_numel),
-            "hold_lr": callback.hold_lr,
-            "parameters": [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in named],
-            "layer groups": [engine._fingerprint() for engine in callback.engines],
-            "optimizers": [_described(engine.optimizer) for engine in callback.engines],
-        }
-
-
-def _described(optimizer: Optimizer) -> tuple[str, list[dict[str, str]]]:
-    groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return type(optimizer).__name__, groups
-
-
-def _files_of(kind: type) -> list[Path]:
-    """Where a class and its bases are written, as far as they are in files."""
-    found = []
-    for each in kind.__mro__:
-        try:
-            found.append(Path(inspect.getfile(each)))
-        except (TypeError, OSError):  # built in, or typed in
-            continue
-    return [path for path in found if path.exists()]
-
-
-def _hash_of(*files: Path) -> str:
-    told = hashlib.sha256()
-    for path in files:
-        told.update(path.name.encode() + path.read_bytes())
-    return told.hexdigest()[:12]

@@ -31,6 +31,7 @@ from lightning_hift.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.proof import FirstSweepProof, SweepReport
 from lightning_hift.row_slices import Piece, cut_into_turns, steps_element_wise
 from lightning_hift.selection import SelectionPolicy
+from lightning_hift.sharded_tensors import is_sharded
 
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
@@ -113,7 +114,8 @@ class HiFTEngine:
         self._held_back = tuple(held_back)
         self._check_ownership()
         self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
-        self._fixed = [Piece(p, p) for unit in self.always_active for p in unit.parameters.values()]
+        always = [p for unit in self.always_active for p in unit.parameters.values()]
+        (self._fixed,) = cut_into_turns(always, None)
         self._check_slicing(max_group_numel)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
@@ -572,6 +574,12 @@ class HiFTEngine:
     def _check_slicing(self, max_group_numel: int | None) -> None:
         if max_group_numel is not None and max_group_numel < 1:
             raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
+        if any(is_sharded(p) for p in self.parameters.values()) and not steps_element_wise(self.optimizer):
+            raise ValueError(
+                f"{type(self.optimizer).__name__} does not compute the same for parts of a parameter as for the whole,"
+                " but the parameters are sharded over processes. Use an element-wise optimizer, such as"
+                " torch.optim.AdamW, or strategy='hift_ddp', with which each process has whole parameters."
+            )
         sliced = [group for group, turns in zip(self.groups, self._turns, strict=True) if len(turns) > 1]
         if sliced and not steps_element_wise(self.optimizer):
             largest = max(sliced, key=lambda group: group.numel)

@@ -18,6 +18,7 @@ from lightning_hift.lr_scale import LRScaler
 from lightning_hift.master_weights import HALF_DTYPES, join_master, recheck_master, split_master, store_master
 from lightning_hift.offload import StateOffloader
 from lightning_hift.row_slices import Piece, join_states
+from lightning_hift.sharded_tensors import is_sharded, local_part
 from lightning_hift.state_tree import State
 from lightning_hift.stepped_options import SteppedOptions
 
@@ -225,9 +226,13 @@ class Lender:
         self._offloader.put(bags)
         for p in parameters:
             if dtype is not None and p.dtype != dtype:
-                live = torch.empty_like(p, dtype=dtype, requires_grad=False)
-                store_master(p.detach().float(), live)
-                p.data = live
+                weight = local_part(p.detach(), p)
+                live = torch.empty_like(weight, dtype=dtype)
+                store_master(weight.float(), live)
+                if is_sharded(p):
+                    weight.copy_(live)  # which needs no more rounding when the module is converted as a whole
+                else:
+                    p.data = live
 
     def dtype_of(self, p: nn.Parameter) -> torch.dtype:
         """The dtype in which ``p`` is stepped."""

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_hift.sharded_tensors import local_numel
 from lightning_hift.table import format_bytes
 
 MASTER_BYTES = {"full": 4, "split": 2, "none": 0}
@@ -92,11 +93,11 @@ def group_bytes(
         dtype: Dtype of the weights in the run; default: their own.
         max_group_numel: Elements above which the group is stepped in slices.
     """
-    numel = sum(p.numel() for p in parameters)
+    numel = sum(local_numel(p) for p in parameters)
     return GroupBytes(
         name,
         numel,
-        sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters),
+        sum(local_numel(p) * (dtype or p.dtype).itemsize for p in parameters),
         sum(state.device for state in states),
         MASTER_BYTES[master_weights] * numel,
         min(1.0, max_group_numel / numel) if max_group_numel and numel else 1.0,

@@ -15,6 +15,7 @@ from lightning_hift.lending import Lender
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_twin import bare_twin, twin_of
 from lightning_hift.row_slices import Piece, split_state
+from lightning_hift.sharded_tensors import as_sharded, local_part
 from lightning_hift.state_tree import State
 
 
@@ -179,7 +180,7 @@ class OptimizerState:
                         state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
                         stays = _keys_on_host(group)
                         moves = [k for k, v in state.items() if isinstance(v, Tensor) and k not in stays]
-                        state |= {k: state[k].to(p.device) for k in moves}
+                        state |= {k: as_sharded(local_part(state[k], p).to(p.device), p) for k in moves}
                     self._optimizer.state[p] = state
         self._offloader.clear()
 

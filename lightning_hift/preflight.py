@@ -23,6 +23,7 @@ from lightning_hift.offload import Offload
 from lightning_hift.probe import live_state_bytes
 from lightning_hift.schedule import SweepSchedule
 from lightning_hift.selection import SelectionPolicy
+from lightning_hift.sharded_tensors import local_numel
 from lightning_hift.table import format_bytes
 
 
@@ -64,8 +65,8 @@ def check_before_run(
         rotating, fixed = _bytes_of(optimizers, found, master_weights, weights_dtype, max_group_numel)
     except RuntimeError:  # a foreign optimizer may refuse to be tried out; it will be measured by running it
         return None
-    on_host = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
-    weights = sum(t.numel() * _dtype(t, weights_dtype).itemsize for t in (*model.parameters(), *model.buffers()))
+    on_host = sum(local_numel(p) * p.element_size() for p in model.parameters() if p.device.type == "cpu")
+    weights = sum(local_numel(t) * _dtype(t, weights_dtype).itemsize for t in (*model.parameters(), *model.buffers()))
     leaving = on_host if device.type != "cpu" else max(0, on_host - weights)
     free = available_host_memory()
     check_memory(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.memory import StateBytes
 from lightning_hift.optimizer_twin import bare_twin
+from lightning_hift.sharded_tensors import local_shape
 from lightning_hift.state_tree import flatten_state
 
 _PROBE_NUMEL = 2**22
@@ -37,10 +38,10 @@ def state_bytes(
     Raises:
         RuntimeError: The optimizer cannot be stepped once on such parameters.
     """
-    kinds = {(tuple(p.shape), dtype or p.dtype): StateBytes() for p in parameters}
+    kinds = {(tuple(local_shape(p)), dtype or p.dtype): StateBytes() for p in parameters}
     for shape, kind in kinds:
         kinds[shape, kind] = _state_bytes_of(make_optimizer, shape, kind)
-    return [kinds[tuple(p.shape), dtype or p.dtype] for p in parameters]
+    return [kinds[tuple(local_shape(p)), dtype or p.dtype] for p in parameters]
 
 
 def live_state_bytes(optimizer: Optimizer, dtype: torch.dtype | None = None) -> dict[nn.Parameter, StateBytes]:

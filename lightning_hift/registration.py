@@ -16,6 +16,7 @@ _LIGHTNING = "lightning.pytorch"
 _STRATEGIES = {
     "hift": ("strategy", "HiFTStrategy", "One device, one layer group at a time"),
     "hift_ddp": ("ddp_strategy", "HiFTDDPStrategy", "Data parallel, one layer group at a time"),
+    "hift_fsdp": ("fsdp_strategy", "HiFTFSDPStrategy", "Sharded, one layer group at a time"),
 }
 
 

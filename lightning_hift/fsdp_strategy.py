@@ -1,0 +1,171 @@
+"""``strategy="hift_fsdp"``: weights, gradients, optimizer state and masters sharded over several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hift.agreement import check_agreement, describe_run
+from lightning_hift.callback import HiFTCallback
+from lightning_hift.master_weights import MasterWeights
+from lightning_hift.offload import Offload
+from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
+from lightning_hift.sharded_tensors import as_sharded, local_part
+from lightning_hift.sharding import is_sharded_module, reshard, shard
+from lightning_hift.state_housing import StateHousing
+
+
+class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
+    """Trains on several devices, each with a part of the weights, gradients, optimizer state and masters.
+
+    Weights are those of the first process at the start. torch's ``fully_shard`` (FSDP2) is applied to each block that
+    is a layer unit, and to the rest as a whole; a module that has done so in ``configure_model`` is left as it is. Each
+    process keeps and steps the state of its part, so optimizers have to be element-wise, such as AdamW. All processes
+    must run the same layers in the same order.
+
+    Checkpoints are folders to which each process writes its part (``torch.distributed.checkpoint``). They are whole or
+    absent, can be loaded by any number of processes, and ``lightning-hift consolidate`` makes one file of them, as
+    ``strategy="hift"`` writes. Such a file can be loaded, too.
+
+    Args:
+        offload: See ``HiFTStrategy``, as for all up to ``activation_budget``.
+        offload_directory: On each host.
+        prefetch: .
+        pin_memory: .
+        master_weights: .
+        max_group_numel: Counts the elements of the part that each process has.
+        activation_budget: For each process.
+        reshard_after_forward: Free the weights of a block after its forward pass and gather them again for its backward
+            pass. Without it each device holds all weights from one end of a step to the other.
+        timeout: Processes that wait longer for another one give up.
+        process_group_backend: As of ``torch.distributed.init_process_group``; default: gloo for the host, and what the
+            devices speak.
+
+    Raises:
+        ValueError: As ``HiFTStrategy``; in ``fit``: an optimizer is not element-wise, or the precision is float16.
+        RuntimeError: In ``fit``: processes run different code or configurations.
+    """
+
+    strategy_name = "hift_fsdp"
+
+    def __init__(
+        self,
+        offload: Offload = "host",
+        offload_directory: str | None = None,
+        prefetch: bool = True,
+        pin_memory: bool = True,
+        master_weights: MasterWeights = "auto",
+        max_group_numel: int | None = None,
+        activation_budget: str | int | None = None,
+        reshard_after_forward: bool = True,
+        timeout: timedelta = timedelta(minutes=10),
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            offload,
+            offload_directory,
+            prefetch,
+            pin_memory,
+            master_weights,
+            max_group_numel,
+            activation_budget,
+            timeout=timeout,
+            process_group_backend=process_group_backend,
+        )
+        self.reshard_after_forward = reshard_after_forward
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        device = self.root_device.type
+        # Checkpoints are put together from what is on the hosts.
+        return backend if self._process_group_backend or device == "cpu" else f"cpu:gloo,{device}:{backend}"
+
+    @override
+    def share_weights(self) -> None:
+        if self.precision_plugin.precision in ("16-true", "16-mixed"):
+            raise ValueError(
+                f"Got precision={self.precision_plugin.precision!r} with strategy='hift_fsdp': processes would disagree"
+                " about which gradients overflow. Use 'bf16-true' or 'bf16-mixed', which need no scaling."
+            )
+        module = self.lightning_module
+        assert module is not None
+        if not is_sharded_module(module):
+            callback = self._callback(module.trainer)
+            mesh = self.device_mesh["data_parallel"]
+            shard(module, mesh, self._take_from_first, callback.units, self.reshard_after_forward)
+
+    @override
+    def on_attach(self, callback: HiFTCallback) -> None:
+        check_agreement(describe_run(self, callback))
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        assert self.lightning_module is not None
+        reshard(self.lightning_module)
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        if storage_options is not None:
+            raise TypeError(f"Got storage_options={storage_options!r}; strategy='hift_fsdp' writes to folders only.")
+        save_sharded(checkpoint, self.broadcast(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        path = self.broadcast(checkpoint_path)
+        assert self.lightning_module is not None
+        if is_sharded_checkpoint(path):
+            return load_sharded(path, self.lightning_module, self.optimizers, weights_only)
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        saved = {
+            name: as_sharded(local_part(value, own[name]).to(self.root_device), own[name]) if name in own else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(saved, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def _take_from_first(self, tensor: Tensor) -> None:
+        there = tensor.to(self.root_device).contiguous()
+        dist.broadcast(there, 0)
+        if there.data_ptr() != tensor.data_ptr():
+            tensor.copy_(there)

@@ -1,0 +1,172 @@
+"""Checkpoints as folders: what is sharded is written by all processes together, the rest by the first one.
+
+What is sharded goes through ``torch.distributed.checkpoint``. In the place of each such tensor the rest, a file as
+``StreamingCheckpointIO`` writes it, says under which name. Both are written beside the target, which is renamed into
+place once all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.load import _METADATA_FILENAME as _REST  # as in Lightning's own sharded checkpoints
+from lightning.fabric.utilities.types import _PATH
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.checkpoint_io import StreamingCheckpointIO, sync_folder
+from lightning_hift.host_memory import HostMemory
+from lightning_hift.optimizer_state import parameters_of
+from lightning_hift.sharded_tensors import as_sharded, is_sharded, local_part
+
+_MARK = "hift_sharded"  # key of {_MARK: name}, which stands in the rest where a sharded tensor belongs
+_MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
+
+Place = tuple[Any, ...]  # keys and indices that lead to a value in a checkpoint
+
+
+def is_sharded_checkpoint(path: _PATH) -> bool:
+    """Whether ``path`` is the folder of a whole sharded checkpoint."""
+    return (Path(path) / _REST).is_file()
+
+
+def save_sharded(checkpoint: dict[str, Any], path: _PATH) -> None:
+    """Write ``checkpoint`` to the folder ``path``, by all processes at once. What was there stays until it is whole.
+
+    Raises:
+        OSError: The disk is full or not writable for the first process.
+        CheckpointException: It is for another one.
+    """
+    target = Path(path)
+    part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    is_first = dist.get_rank() == 0
+    if is_first:
+        _remove(part)
+        part.mkdir(parents=True)
+    dist.barrier()
+    shards: dict[str, Tensor] = {}
+
+    def take_out(place: Place, value: Any) -> Any:
+        if not is_sharded(value):
+            return value
+        name = ".".join(map(str, place))
+        shards[name] = value
+        return {_MARK: name}
+
+    rest = _map_leaves(checkpoint, take_out)
+    dcp.save(
+        shards, storage_writer=dcp.FileSystemWriter(part), planner=dcp.DefaultSavePlanner(flatten_state_dict=False)
+    )
+    if is_first:
+        StreamingCheckpointIO().save_checkpoint(rest, part / _REST)
+        _remove(old)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        sync_folder(target.parent)
+        _remove(old)
+    dist.barrier()
+
+
+def load_sharded(
+    path: _PATH, module: nn.Module, optimizers: Sequence[Optimizer], weights_only: bool | None = None
+) -> dict[str, Any]:
+    """What ``save_sharded`` has written, with the parts that this process has to hold of a sharded module's tensors.
+
+    Args:
+        path: The folder, written by any number of processes.
+        module: Already sharded.
+        optimizers: Its optimizers.
+        weights_only: As of ``torch.load``.
+    """
+    weights = module.state_dict()
+    parameters = [parameters_of(optimizer) for optimizer in optimizers]
+
+    def make_place(place: Place, whole: Tensor) -> Tensor:
+        like = _tensor_like(place, weights, parameters)
+        if like is None or not is_sharded(like) or like.shape != whole.shape:
+            return torch.empty_like(whole, device="cpu")
+        return as_sharded(torch.empty_like(local_part(whole, like), device="cpu"), like)
+
+    return _load(path, make_place, weights_only)
+
+
+def consolidate(path: _PATH, output: _PATH) -> None:
+    """Make one file, as ``strategy="hift"`` writes it, of a sharded checkpoint. Needs no processes, and little memory.
+
+    Args:
+        path: The folder of the checkpoint.
+        output: The file to write. Its folder needs room for twice as much, for a while.
+
+    Raises:
+        ValueError: ``path`` is no sharded checkpoint.
+        FileExistsError: ``output`` exists.
+        OSError: The disk is full.
+    """
+    if not is_sharded_checkpoint(path):
+        raise ValueError(f"Got {path}, which is no folder of a sharded checkpoint: it has no {_REST}.")
+    if Path(output).exists():
+        raise FileExistsError(f"{output} exists. Name another file, or remove it.")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    memory = HostMemory(directory=Path(output).parent)
+    try:
+        whole = _load(path, lambda _, like: memory.allocate([like])[0].view(like.shape), weights_only=False)
+        StreamingCheckpointIO().save_checkpoint(whole, output)
+    finally:
+        memory.remove_files()
+
+
+def _load(path: _PATH, make_place: Callable[[Place, Tensor], Tensor], weights_only: bool | None) -> dict[str, Any]:
+    """Load everything; what is sharded into what ``make_place`` returns for its place and a whole one without memory."""
+    rest = StreamingCheckpointIO().load_checkpoint(Path(path) / _REST, weights_only=weights_only)
+    reader = dcp.FileSystemReader(path)
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    places: dict[str, Tensor] = {}
+
+    def put_back(place: Place, value: Any) -> Any:
+        if not (isinstance(value, dict) and value.keys() == {_MARK}):
+            return value
+        name = value[_MARK]
+        saved = known[name]
+        places[name] = make_place(place, torch.empty(saved.size, dtype=saved.properties.dtype, device="meta"))
+        return places[name]
+
+    found: dict[str, Any] = _map_leaves(rest, put_back)
+    no_processes = not dist.is_initialized()
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(places, storage_reader=reader, planner=planner, no_dist=no_processes)
+    return found
+
+
+def _tensor_like(place: Place, weights: dict[str, Any], parameters: Sequence[Sequence[nn.Parameter]]) -> Tensor | None:
+    """The weight or parameter to which what stands at ``place`` belongs."""
+    if place[0] == _MODEL:
+        return weights.get(place[1])
+    if place[0] == _OPTIMIZERS and place[1] < len(parameters):
+        own = parameters[place[1]]
+        index = next((key for key in place[2:] if isinstance(key, int)), len(own))
+        return own[index] if index < len(own) else None
+    return None
+
+
+def _map_leaves(value: Any, function: Callable[[Place, Any], Any], place: Place = ()) -> Any:
+    """``value`` with what ``function`` makes of all that is in its dicts, lists and tuples."""
+    if type(value) in (dict, OrderedDict) and value.keys() != {_MARK}:
+        return {key: _map_leaves(entry, function, (*place, key)) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map_leaves(entry, function, (*place, i)) for i, entry in enumerate(value))
+    return function(place, value)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
