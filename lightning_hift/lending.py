@@ -62,10 +62,15 @@ class Lender:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
-        """Put masters in the place of weights, and float32 gradients in that of theirs, where there are masters."""
+        """Put masters in the place of weights, and float32 gradients in that of theirs, where there are masters.
+
+        Of what the optimizer does not see as a whole, the gradients alone: that is where everybody else sees them.
+        """
         if self.master_weights == "none" or self._live:
             return
         pieces = list(pieces)
+        self.raise_gradients(piece.parameter for piece in pieces if not piece.is_whole)
+        pieces = [piece for piece in pieces if piece.is_whole]
         bags = self._offloader.take([piece.handle for piece in pieces])
         for piece in pieces:
             self._raise_precision(piece, bags.get(piece.handle, {}))
