@@ -162,7 +162,7 @@ class HiFTCallback(Callback):
             raise MisconfigurationException(
                 f"HiFTCallback does not work with {type(strategy).__name__}: it would train the wrong parameters, or"
                 " reduce gradients that do not exist, without an error. Use strategy='hift' on one device and"
-                " strategy='hift_ddp' on several."
+                " strategy='hift_ddp' on several, or 'hift_fsdp' if the weights do not fit on one."
             )
         self._engines = []
         self._running = False

@@ -57,8 +57,14 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: There is no file at ``path``.
+            IsADirectoryError: It is the folder of a sharded checkpoint.
             RuntimeError: The file is truncated or not a checkpoint.
         """
+        if "://" not in str(path) and Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{path} is a folder, as strategy='hift_fsdp' writes it. Load it with that strategy, or make a file of"
+                f" it: lightning-hift consolidate --checkpoint {path} --output FILE"
+            )
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:  # damaged bytes raise whatever they happen to mean

@@ -19,6 +19,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.ddp_strategy import HiFTDDPStrategy
+from lightning_hift.fsdp_strategy import HiFTFSDPStrategy
+from lightning_hift.sharded_checkpoint import consolidate
 from lightning_hift.state_housing import StateHousing
 from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.tasks.export import export_checkpoint
@@ -26,9 +28,13 @@ from lightning_hift.trainable import TrainOnly
 from lightning_hift.trainer import HiFTTrainer
 from lightning_hift.training_speed import TrainingSpeed
 
-_STRATEGIES = (HiFTStrategy, HiFTDDPStrategy)
+_STRATEGIES = (HiFTStrategy, HiFTDDPStrategy, HiFTFSDPStrategy)
 _WITHOUT_A_RUN = ("groups", "plan")
 _SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
+_OTHER_SUBCOMMANDS = (
+    "And: export a checkpoint to a folder; consolidate a sharded checkpoint to a file. See export --help and"
+    " consolidate --help."
+)
 _FLAGS_OF_EXPORT = {
     "merge": "Work an adapter into the weights and write the whole model.",
     "overwrite": "Replace what an earlier export wrote to the folder.",
@@ -277,8 +283,22 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and given[:1] == ["export"]:
         _export(given[1:])
+    elif isinstance(given, list) and given[:1] == ["consolidate"]:
+        _consolidate(given[1:])
     else:
-        HiFTCLI(args=args, parser_kwargs={"epilog": "And: export a checkpoint to a folder; see export --help."})
+        HiFTCLI(args=args, parser_kwargs={"epilog": _OTHER_SUBCOMMANDS})
+
+
+def _consolidate(args: list[str]) -> None:
+    """Run the subcommand ``consolidate``."""
+    parser = LightningArgumentParser(prog="lightning-hift consolidate", description="")
+    parser.add_function_arguments(consolidate, as_positional=False)
+    options = parser.parse_args(args)
+    try:
+        consolidate(**options)
+        print(f"Written to {options.output}")
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
 
 
 def _export(args: list[str]) -> None:

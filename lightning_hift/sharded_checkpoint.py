@@ -8,6 +8,7 @@ place once all of it is on the disk.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.load import _METADATA_FILENAME as _REST  # as in Lightning's own sharded checkpoints
 from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from lightning_hift.checkpoint_io import StreamingCheckpointIO, sync_folder
@@ -61,9 +65,7 @@ def save_sharded(checkpoint: dict[str, Any], path: _PATH) -> None:
         return {_MARK: name}
 
     rest = _map_leaves(checkpoint, take_out)
-    dcp.save(
-        shards, storage_writer=dcp.FileSystemWriter(part), planner=dcp.DefaultSavePlanner(flatten_state_dict=False)
-    )
+    save(shards, storage_writer=FileSystemWriter(part), planner=DefaultSavePlanner(flatten_state_dict=False))
     if is_first:
         StreamingCheckpointIO().save_checkpoint(rest, part / _REST)
         _remove(old)
@@ -98,35 +100,39 @@ def load_sharded(
     return _load(path, make_place, weights_only)
 
 
-def consolidate(path: _PATH, output: _PATH) -> None:
-    """Make one file, as ``strategy="hift"`` writes it, of a sharded checkpoint. Needs no processes, and little memory.
+def consolidate(checkpoint: str, output: str) -> None:
+    """Make one file of a sharded checkpoint, such as ``strategy="hift"`` writes and ``export`` takes.
+
+    It is put together in the folder of ``output``, which for a while needs room for it twice, and not in memory.
 
     Args:
-        path: The folder of the checkpoint.
-        output: The file to write. Its folder needs room for twice as much, for a while.
+        checkpoint: Folder that ``strategy="hift_fsdp"`` has written.
+        output: File to write.
 
     Raises:
-        ValueError: ``path`` is no sharded checkpoint.
+        ValueError: ``checkpoint`` is no sharded checkpoint, or was interrupted while it was written.
         FileExistsError: ``output`` exists.
         OSError: The disk is full.
     """
-    if not is_sharded_checkpoint(path):
-        raise ValueError(f"Got {path}, which is no folder of a sharded checkpoint: it has no {_REST}.")
+    if not is_sharded_checkpoint(checkpoint):
+        raise ValueError(
+            f"Got checkpoint={checkpoint!r}, which is no folder of a sharded checkpoint: it has no {_REST}."
+        )
     if Path(output).exists():
-        raise FileExistsError(f"{output} exists. Name another file, or remove it.")
+        raise FileExistsError(f"Got output={output!r}, which exists. Name another file, or remove it.")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     memory = HostMemory(directory=Path(output).parent)
     try:
-        whole = _load(path, lambda _, like: memory.allocate([like])[0].view(like.shape), weights_only=False)
+        whole = _load(checkpoint, lambda _, like: memory.allocate([like])[0].view(like.shape), weights_only=False)
         StreamingCheckpointIO().save_checkpoint(whole, output)
     finally:
         memory.remove_files()
 
 
 def _load(path: _PATH, make_place: Callable[[Place, Tensor], Tensor], weights_only: bool | None) -> dict[str, Any]:
-    """Load everything; what is sharded into what ``make_place`` returns for its place and a whole one without memory."""
+    """Everything; what is sharded goes into what ``make_place`` returns for its place and a likeness of the whole."""
     rest = StreamingCheckpointIO().load_checkpoint(Path(path) / _REST, weights_only=weights_only)
-    reader = dcp.FileSystemReader(path)
+    reader = FileSystemReader(path)
     known: dict[str, Any] = reader.read_metadata().state_dict_metadata
     places: dict[str, Tensor] = {}
 
@@ -139,9 +145,12 @@ def _load(path: _PATH, make_place: Callable[[Place, Tensor], Tensor], weights_on
         return places[name]
 
     found: dict[str, Any] = _map_leaves(rest, put_back)
-    no_processes = not dist.is_initialized()
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    dcp.load(places, storage_reader=reader, planner=planner, no_dist=no_processes)
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        if alone:  # as it should be
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        load(places, storage_reader=reader, planner=planner, no_dist=alone)
     return found
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"}
-    | {"selection", "policies", "drawn_blocks", "lr_scale"},
+    | {"selection", "policies", "drawn_blocks", "lr_scale", "sharded_tensors"},
     {
         "engine",
         "attach",
@@ -32,6 +32,9 @@ FLOORS = [
         "state_housing",
         "strategy",
         "ddp_strategy",
+        "fsdp_strategy",
+        "sharding",
+        "sharded_checkpoint",
         "agreement",
         "precision",
         "module",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_hift.sharded_tensors import is_sharded
 from lightning_hift.tasks.model_card import model_card
 from lightning_hift.tasks.network import DType
 from lightning_hift.tasks.run_facts import Facts, run_facts
@@ -103,6 +104,11 @@ def save_pretrained(
             f"{type(module).__name__} has no network yet, so there is nothing to save. Fit it first, or call"
             " configure_model()."
         )
+    if any(is_sharded(p) for p in module.network.parameters()):
+        raise RuntimeError(
+            "The weights are sharded over several processes, so none of them can write the network. Save a checkpoint,"
+            " and then: lightning-hift consolidate, lightning-hift export."
+        )
     files = module.tokenizer_files if tokenizer is None else read_tokenizer_files(tokenizer)
     record = ExportRecord.of(module, files)
     # Detached, not copied: what is exported shares memory with the module until it is cast.
@@ -177,8 +183,8 @@ def check_labels(saved: Mapping[str, Any], network: Any) -> None:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(
-            f"Got checkpoint={str(path)!r}, which is a folder. Checkpoints in several files, as FSDP writes them,"
-            " have to be put together first, by the tools that belong to them."
+            f"Got checkpoint={str(path)!r}, which is a folder. Make one file of a sharded checkpoint first:"
+            f" lightning-hift consolidate --checkpoint {path} --output FILE"
         )
     if not path.is_file():
         raise FileNotFoundError(f"Got checkpoint={str(path)!r}, but there is no such file.")
