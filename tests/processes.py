@@ -36,13 +36,19 @@ class Processes:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(*args)`` returns in each process; an exception is returned, too, with its traceback."""
+        """What ``function(*args)`` returns in each process; an exception is returned, too, with its traceback.
+
+        Of a process that was killed, an ``EOFError``.
+        """
         for pipe in self._pipes:
             pipe.send((function, args))
         found = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(_SECONDS), f"process {rank} hangs in {function.__name__}"
-            found.append(pipe.recv())
+            try:
+                found.append(pipe.recv())
+            except EOFError as error:  # it was killed
+                found.append(error)
         return found
 
     def close(self) -> None:

@@ -1,6 +1,9 @@
 """Sharded over several processes, against one process on the joined batch."""
 
 import os
+import signal
+import time
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_hift import HiFTFSDPStrategy, HiFTModule, HiFTStrategy
+from lightning_hift import HiFTFSDPStrategy, HiFTModule, HiFTStrategy, sharded_checkpoint
 from lightning_hift.cli import main
 from lightning_hift.sharded_checkpoint import consolidate
 from lightning_hift.tasks.chunked_loss import chunked_loss
@@ -186,8 +189,20 @@ def test_mixed_precision(two):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+class GradientsAt(Automatic):
+    """Calls something in the middle of a step."""
+
+    @staticmethod
+    def at_step_8():
+        pass
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.trainer.global_step == 8:
+            self.at_step_8()
+
+
 def run_until(path, steps, resumed=None, world=2, precision="32-true", make_optimizer=adamw):
-    model = Automatic(make_optimizer)
+    model = GradientsAt(make_optimizer)
     run = trainer(
         strategy=HiFTFSDPStrategy() if world > 1 else HiFTStrategy(),
         devices=world,
@@ -458,3 +473,33 @@ def test_resumes_with_another_number_of_processes(before, after, two, three, tmp
     for name, value in expected.items():
         # AdamW makes much of the small differences of sums in another order where a gradient is nearly zero.
         torch.testing.assert_close(value, resumed[name], rtol=0, atol=1e-4)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def run_killed(path, where):
+    """Train to step 7 and save there; the second process is killed at the 8th step, or while it saves again."""
+    if os.environ["LOCAL_RANK"] == "1":
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        if where == "save":
+            sharded_checkpoint.save = lambda *_, **__: kill()
+        else:
+            GradientsAt.at_step_8 = kill
+    return run_until(path, 9, path, make_optimizer=adamw)
+
+
+@pytest.mark.parametrize("where", ["save", "step"])
+def test_a_process_that_is_killed_stops_the_others_and_loses_nothing(where, two, tmp_path):
+    path = tmp_path / "7.ckpt"
+    expected = succeeded(two.run(run_until, None, 11))[0]
+    succeeded(two.run(run_until, path, 7))
+    doomed = Processes(2)
+    since = time.monotonic()
+    left, killed = doomed.run(run_killed, path, where)
+    assert time.monotonic() - since < 100  # far below the time limit of 10 minutes
+    doomed.close()
+    assert isinstance(left, RuntimeError)
+    assert isinstance(killed, EOFError)
+    resumed = succeeded(two.run(run_until, None, 11, path))[0]
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
