@@ -108,6 +108,7 @@ class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
             callback = self._callback(module.trainer)
             mesh = self.device_mesh["data_parallel"]
             shard(module, mesh, self._take_from_first, callback.units, self.reshard_after_forward)
+        reshard(module)
 
     @override
     def on_attach(self, callback: HiFTCallback) -> None:
@@ -116,6 +117,22 @@ class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._reshard()
+
+    # Evaluation leaves gathered what training would have freed; whoever looks for parameters then would find copies.
+    @override
+    def on_validation_end(self) -> None:
+        self._reshard()
+
+    @override
+    def on_test_end(self) -> None:
+        self._reshard()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._reshard()
+
+    def _reshard(self) -> None:
         assert self.lightning_module is not None
         reshard(self.lightning_module)
 

@@ -34,6 +34,7 @@ _MARK = "hift_sharded"  # key of {_MARK: name}, which stands in the rest where a
 _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
 
 Place = tuple[Any, ...]  # keys and indices that lead to a value in a checkpoint
+_MakePlace = Callable[[Place, Tensor], Tensor | None]
 
 
 def is_sharded_checkpoint(path: _PATH) -> bool:
@@ -91,7 +92,9 @@ def load_sharded(
     weights = module.state_dict()
     parameters = [parameters_of(optimizer) for optimizer in optimizers]
 
-    def make_place(place: Place, whole: Tensor) -> Tensor:
+    def make_place(place: Place, whole: Tensor) -> Tensor | None:
+        if place[0] == _OPTIMIZERS and not optimizers:  # nothing is trained
+            return None
         like = _tensor_like(place, weights, parameters)
         if like is None or not is_sharded(like) or like.shape != whole.shape:
             return torch.empty_like(whole, device="cpu")
@@ -129,7 +132,9 @@ def consolidate(checkpoint: str, output: str) -> None:
         memory.remove_files()
 
 
-def _load(path: _PATH, make_place: Callable[[Place, Tensor], Tensor], weights_only: bool | None) -> dict[str, Any]:
+def _load(
+    path: _PATH, make_place: Callable[[Place, Tensor], Tensor | None], weights_only: bool | None
+) -> dict[str, Any]:
     """Everything; what is sharded goes into what ``make_place`` returns for its place and a likeness of the whole."""
     rest = StreamingCheckpointIO().load_checkpoint(Path(path) / _REST, weights_only=weights_only)
     reader = FileSystemReader(path)
@@ -141,8 +146,10 @@ def _load(path: _PATH, make_place: Callable[[Place, Tensor], Tensor], weights_on
             return value
         name = value[_MARK]
         saved = known[name]
-        places[name] = make_place(place, torch.empty(saved.size, dtype=saved.properties.dtype, device="meta"))
-        return places[name]
+        tensor = make_place(place, torch.empty(saved.size, dtype=saved.properties.dtype, device="meta"))
+        if tensor is not None:
+            places[name] = tensor
+        return tensor
 
     found: dict[str, Any] = _map_leaves(rest, put_back)
     alone = not dist.is_initialized()

@@ -8,6 +8,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -265,6 +266,59 @@ def test_a_folder_that_is_no_whole_checkpoint(tmp_path):
         consolidate(str(tmp_path / "half.ckpt"), str(tmp_path / "one.ckpt"))
     with pytest.raises(IsADirectoryError, match="lightning-hift consolidate --checkpoint"):
         run_until(None, 11, tmp_path / "half.ckpt", world=1)
+
+
+class Predicting(Automatic):
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch).argmax(dim=-1)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", next_token_loss(self.net, batch))
+
+
+def run_course(folder, world=2):
+    """Fit with checkpoints, validate, test and predict from the last one, and fit again."""
+
+    def make(**options):
+        keep = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=1, save_last=True, filename="{step}")
+        return trainer(
+            strategy=HiFTFSDPStrategy() if world > 1 else HiFTStrategy(),
+            devices=world,
+            callbacks=[as_published(), keep],
+            enable_checkpointing=True,
+            use_distributed_sampler=False,
+            **options,
+        )
+
+    model = Predicting(sgd)
+    run = make()
+    data = loader(rows(11, 2), world, run.global_rank)
+    run.fit(model, data, data)
+    (first,) = run.validate(model, data, verbose=False)
+    kept = sorted(path.name for path in folder.iterdir())
+    del model
+    fresh, run = Predicting(sgd), make()
+    last = folder / "last.ckpt"
+    (validated,) = run.validate(fresh, data, ckpt_path=last, weights_only=True, verbose=False)
+    (tested,) = run.test(fresh, data, verbose=False)
+    predicted = run.predict(fresh, data)
+    run = make(max_steps=2)
+    run.fit(fresh, data)
+    return first, kept, validated, tested, predicted, whole(fresh)
+
+
+def test_checkpoints_evaluation_and_another_fit(two, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    first, second = succeeded(two.run(run_course, tmp_path / "two"))
+    expected = run_course(tmp_path / "one", world=1)
+    assert first[1] == expected[1] == ["last.ckpt", "step=9.ckpt"]
+    assert (tmp_path / "two/last.ckpt/meta.pt").is_file()
+    for found, right in zip((*first[2:4], first[0]), (*expected[2:4], expected[0]), strict=True):
+        assert found.keys() == right.keys()
+    both = [torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(first[4], second[4], strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(both, expected[4], strict=True))
+    assert_close(first[5], expected[5])
 
 
 # --- other modules ----------------------------------------------------------------------------------------------------
