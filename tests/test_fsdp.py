@@ -32,6 +32,8 @@ from tests.models import (
 )
 from tests.processes import Processes
 from tests.test_ddp import ROWS, assert_close, loader, rows, sgd, succeeded
+from tests.test_generation import LETTERS, WIDE, data_of, module_of, rows_of
+from tests.tiny_texts import SMALL, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -527,6 +529,23 @@ def test_resumes_with_another_number_of_processes(before, after, two, three, tmp
     for name, value in expected.items():
         # AdamW makes much of the small differences of sums in another order where a gradient is nearly zero.
         torch.testing.assert_close(value, resumed[name], rtol=0, atol=1e-4)
+
+
+def run_writing(folder, world):
+    pairs = [(text, "c") for text in "adfhbceg"]  # the first process has those that are answered at once
+    data = data_of(folder, rows_of(*pairs), cache_dir=str(folder / f"cache{world}"), batch_size=8 // world)
+    module = module_of(model_config={**SMALL, **WIDE}, generation={"max_new_tokens": 9})
+    run = trainer(strategy=HiFTFSDPStrategy() if world > 1 else HiFTStrategy(), devices=world)
+    return [record for batch in run.predict(module, datamodule=data) for record in batch]
+
+
+def test_processes_write_texts_of_different_lengths(two, tmp_path):
+    word_tokenizer([">", "do", *LETTERS], tmp_path / "tokenizer")
+    found = succeeded(two.run(run_writing, tmp_path, 2))
+    expected = {record["source"]: record["prediction"] for record in run_writing(tmp_path, 1)}
+    assert {record["source"]: record["prediction"] for part in found for record in part} == expected
+    longest = [max(len(record["prediction"].split()) for record in part) for part in found]
+    assert longest[0] != longest[1]
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

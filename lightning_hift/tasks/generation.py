@@ -15,6 +15,7 @@ from torchmetrics.text import SacreBLEUScore
 from typing_extensions import override
 
 from lightning_hift.data.tokenizer import load_tokenizer
+from lightning_hift.sharded_tensors import is_sharded
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.network import is_encoder_decoder
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge
@@ -160,6 +161,8 @@ class ConditionalGeneration(TransformerModule):
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": self.tokenizer.eos_token_id,
             "use_cache": True,  # which the configuration switches off for training
+            # Where processes gather weights from each other, all go on until the longest text is written.
+            "synced_gpus": any(is_sharded(p) for p in self.network.parameters()),
             **self.generation,
         }
         tokens = self.network.generate(**prompts, **options)  # type: ignore[operator]
