@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import tempfile
 
 import lightning.pytorch as pl
 import pytest
@@ -145,7 +146,7 @@ CASES = {
     "bf16_clipped": {"precision": "bf16-true", "gradient_clip_val": 0.05},
     "bf16_slices": {"precision": "bf16-true", "gradient_clip_val": 0.05, "strategy": {"max_group_numel": 40}},
     "fp16": {"precision": "16-true", "gradient_clip_val": 0.05},
-    "on_disk": {"strategy": {"offload": "disk", "offload_directory": "."}},
+    "on_disk": {"strategy": {"offload": "disk", "offload_directory": tempfile.gettempdir()}},
     "several_optimizers": {"module": TwoOptimizers},
     "several_groups": {"callback": {"policy": "LISA"}},
     "reset": {"callback": {"policy": "BAdam"}, "make": lambda p: torch.optim.Adagrad(p, lr=0.01)},
@@ -163,7 +164,8 @@ def test_equals_state_that_is_not_divided(name, two):
     for (found, reports, *_), (weights_there, reports_there, *_) in zip(divided, expected, strict=True):
         assert_equal(found, weights_there)
         assert reports == reports_there
-    if "policy" not in CASES[name].get("callback", {}):
+    # In float16 the first step overflows, and is skipped; other policies leave groups out for long.
+    if "policy" not in CASES[name].get("callback", {}) and name != "fp16":
         reports = divided[1][1]
         assert len(reports) == (2 if name == "several_optimizers" else 1)
         assert all(report.complete for report in reports)
