@@ -13,10 +13,12 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -69,6 +71,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     Raises:
         ValueError: As ``HiFTStrategy``, or ``check_every_n_steps`` is below 0.
         TypeError: In ``fit``: with ``partition_state``, the optimizer does not step each parameter by itself.
+        MisconfigurationException: There are to be other processes than torchrun has started.
         RuntimeError: In ``fit``: processes run different code or configurations, or their weights have come apart.
     """
 
@@ -133,6 +136,17 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     @override
     def engine_options(self) -> dict[str, Any]:
         return super().engine_options | {"partition": self._partition}
+
+    @override
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        environment, count = self.cluster_environment, self.num_nodes * self.num_processes
+        if isinstance(environment, TorchElasticEnvironment) and environment.world_size() != count:
+            raise MisconfigurationException(
+                f"Got devices={self.num_processes} and num_nodes={self.num_nodes}, which makes {count} processes, but"
+                f" torchrun has started {environment.world_size()}. Pass its --nproc_per_node as devices and its"
+                " --nnodes as num_nodes."
+            )
 
     @override
     def _setup_model(self, model: Module) -> Module:  # type: ignore[override]  # no wrapper around it

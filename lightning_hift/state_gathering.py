@@ -47,14 +47,15 @@ def gather_states(
     structures = {i: flat.rebuild([tensor.to("meta") for tensor in flat.tensors]) for i, flat in flats.items()}
     everyone: list[Any] | None = [None] * partition.world_size if partition.rank == 0 else None
     dist.gather_object(structures, everyone, dst=0, group=group)
-    coming = {} if everyone is None else {i: flatten_state(s) for theirs in everyone[1:] for i, s in theirs.items()}
-    targets = _make_room([tensor for flat in coming.values() for tensor in flat.tensors], directory, group)
+    of_others = {} if everyone is None else {i: state for theirs in everyone[1:] for i, state in theirs.items()}
+    coming = {i: flatten_state(of_others[i]) for i in sorted(of_others)}
+    targets = iter(_make_room([tensor for flat in coming.values() for tensor in flat.tensors], directory, group))
 
     found: dict[nn.Parameter, State] = {}
     for i, piece in enumerate(pieces):
         owner = partition.owner_of(piece)
         if owner and partition.rank == 0:
-            tensors = [targets.pop(0) for _ in coming[i].tensors]
+            tensors = [next(targets) for _ in coming[i].tensors]
             for tensor in tensors:
                 dist.recv(_bytes_of(tensor), owner, group=group)
             found[piece.handle] = coming[i].rebuild(tensors)

@@ -95,8 +95,24 @@ class Reports(pl.Callback):
         self.sent = run.callback_metrics.get("hift/sent_bytes")
 
 
-def fit(partition_state=True, world=2, module=Gradients, make=adamw, steps=STEPS, resumed=None, path=None, **options):
-    """Train as one of ``world`` processes; return the weights and what was reported."""
+def fit(
+    partition_state=True,
+    world=2,
+    module=Gradients,
+    make=adamw,
+    steps=STEPS,
+    resumed=None,
+    position=7,
+    path=None,
+    **options,
+):
+    """Train as one of ``world`` processes; return the weights and what was reported.
+
+    Args:
+        resumed: A checkpoint.
+        position: The batch that comes after it.
+        path: Where to save one at the end.
+    """
     strategy_options = options.pop("strategy", {})
     strategy = (
         HiFTDDPStrategy(check_every_n_steps=1, partition_state=partition_state, **strategy_options)
@@ -118,7 +134,7 @@ def fit(partition_state=True, world=2, module=Gradients, make=adamw, steps=STEPS
     mine = [batch[run.global_rank :: world] for batch in tokens(33, 8)]
     held = ResumableLoader(mine)
     if resumed is not None:
-        held.load_state_dict({"next": 7})
+        held.load_state_dict({"next": position})
     run.fit(model, held, ckpt_path=resumed, weights_only=None if resumed is None else True)
     if path is not None:
         run.save_checkpoint(path)
