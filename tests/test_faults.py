@@ -61,6 +61,7 @@ def _work(rank, port, folder, options):
     resumed = {key: options[key] for key in ("resumed", "position") if key in options}
     try:
         weights, *_ = fit(
+            options.get("partition_state", True),
             callbacks=[*dies, Saves(folder / "c.ckpt")],
             strategy={"timeout": timedelta(seconds=SECONDS)},
             default_root_dir=str(folder),
@@ -93,9 +94,12 @@ def expected(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("faults") / "whole")[0]
 
 
-@pytest.mark.parametrize(("dies", "saved"), [(DiesInAStep, 2 * EVERY), (DiesInASave, EVERY)])
-def test_the_other_process_stops_and_the_last_checkpoint_goes_on(dies, saved, expected, tmp_path):
-    survivor, killed = start(tmp_path / "run", dies=dies)
+@pytest.mark.parametrize(
+    ("dies", "partition_state", "saved"),
+    [(DiesInAStep, True, 2 * EVERY), (DiesInAStep, False, 2 * EVERY), (DiesInASave, True, EVERY)],
+)
+def test_the_other_process_stops_and_the_last_checkpoint_goes_on(dies, partition_state, saved, expected, tmp_path):
+    survivor, killed = start(tmp_path / "run", dies=dies, partition_state=partition_state)
     killed.join(4 * SECONDS)
     assert killed.exitcode == -signal.SIGKILL
     since = time.monotonic()
