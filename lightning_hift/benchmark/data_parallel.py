@@ -78,7 +78,8 @@ class SentBytes(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            trainer.strategy.model.register_comm_hook(None, self._count)
+            hook = lambda _, bucket: self._count(bucket)  # noqa: E731  # one with other annotations is refused
+            trainer.strategy.model.register_comm_hook(None, hook)
 
     def on_train_batch_start(self, *args: Any) -> None:
         self._of_ddp = 0
@@ -86,7 +87,7 @@ class SentBytes(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.by_step.append(getattr(trainer.strategy, "sent_bytes", self._of_ddp))
 
-    def _count(self, state: None, bucket: Any) -> Future[Tensor]:
+    def _count(self, bucket: Any) -> Future[Tensor]:
         self._of_ddp += bucket.buffer().nbytes
         group: Any = dist.group.WORLD
         return allreduce_hook(group, bucket)
