@@ -110,6 +110,8 @@ class OptimizerState:
 
     def gather(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None) -> None:
         """Bring what other processes keep to the first one, until ``forget_others``. See ``gather_states``."""
+        if self._partition.world_size == 1:
+            return
         self._offloader.drain()
         pieces = [piece for group_of_pieces in self._groups for piece in group_of_pieces]
         self._of_others = gather_states(pieces, self._partition, self._offloader.state_of, directory, group)

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_hift import HiFTDDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates, host_memory
+from lightning_hift import HiFTDDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates, host_memory, preflight
+from lightning_hift.attach import find_groups
 from lightning_hift.callback import find_callback
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.optimizer_checks import check_divisible
@@ -49,6 +50,27 @@ def decayed(parameters):
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=0.01
     )
+
+
+class Nested(torch.optim.Optimizer):
+    """State of all kinds: dicts and lists of tensors of several dtypes, and plain values."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state |= {"means": [torch.zeros_like(p), torch.zeros(3, dtype=torch.int16)], "name": "x"}
+                state["scales"] = {"first": torch.ones((), dtype=torch.float64), "empty": torch.zeros(0)}
+            state["means"][0].mul_(0.9).add_(p.grad)
+            state["means"][1] += 1
+            state["scales"]["first"] *= 0.99
+            p -= self.param_groups[0]["lr"] * float(state["scales"]["first"]) * state["means"][0]
+        return loss
 
 
 class Gradients(Automatic):
@@ -228,6 +250,7 @@ def test_weights_that_were_stepped_here_are_counted(two):
 RESUMED = {
     "adamw": {},
     "bf16_slices": {"precision": "bf16-true", "strategy": {"max_group_numel": 40}},
+    "nested": {"make": Nested},
     "on_device": {"strategy": {"offload": "none"}},
 }
 
@@ -412,6 +435,17 @@ def test_a_run_refuses_them(two):
     for error in two.run(run_refused):
         assert isinstance(error, TypeError)
         assert "Counting keeps k" in str(error)
+
+
+def test_a_part_needs_a_part_of_the_host(monkeypatch):
+    model = Net()
+    optimizer = adamw(model.parameters())
+    found = find_groups(model, [optimizer])
+    everything = 8 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: round(0.7 * everything))
+    with pytest.raises(RuntimeError, match=r"This run needs at least 9.* on the host"):
+        preflight.check_before_run(model, [optimizer], found, torch.device("cpu"))
+    assert preflight.check_before_run(model, [optimizer], found, torch.device("cpu"), processes=2) is None
 
 
 # --- what watches -----------------------------------------------------------------------------------------------------
