@@ -234,6 +234,7 @@ class HiFTEngine:
         """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run.
 
         With a policy whose sweeps leave groups out, at the end of the sweep with which every group has had a turn.
+        Where processes share the state, all of them have to ask after the same step.
         """
         if self._proof is None or not self._proof.is_complete:
             return None

@@ -299,6 +299,29 @@ def assert_same(one, other):
         assert one == other
 
 
+def test_state_is_gathered_by_a_group_for_the_host(two, tmp_path):
+    """As with a backend for GPUs, which knows no tensors on the host; here it is one of another name."""
+    options = {"strategy": {"process_group_backend": "cpu:gloo"}}
+    others = Processes(2)  # whose backend is not chosen yet
+    try:
+        divided = succeeded(others.run(run_saving, options, tmp_path / "divided.ckpt", True))
+        assert others.run(backends) == [("cpu:gloo", ["gloo"])] * 2
+    finally:
+        others.close()
+    whole = succeeded(two.run(run_saving, {}, tmp_path / "whole.ckpt", False))
+    assert_equal(divided[0], whole[0])
+    found, expected = (
+        torch.load(tmp_path / f"{which}.ckpt", weights_only=True)["optimizer_states"] for which in ("divided", "whole")
+    )
+    assert_same(found, expected)
+
+
+def backends():
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    names = [torch.distributed.get_backend(group) for group in groups]
+    return names[0], names[1:]
+
+
 class ChannelsLast(pl.LightningModule):
     """State that is laid out like the weights."""
 
