@@ -43,9 +43,9 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     ``DistributedDataParallel`` around the module.
 
     With ``partition_state`` each process keeps and steps its part of the optimizer state and the masters alone, which
-    divides the host memory for them, and the time of a step, by about the number of processes. Then the new weights of
-    the active group go over the network, too. Checkpoints stay the same: the first process gathers the state, in
-    memory-mapped files in the Trainer's ``default_root_dir``, so all processes have to save together.
+    divides the host memory for them, and the time of the optimizer, by about the number of processes. Then the new
+    weights of the active group go over the network, too. Checkpoints stay the same: the first process gathers the
+    state, in memory-mapped files in the Trainer's ``default_root_dir``, so all processes have to save together.
 
     Args:
         offload: See ``HiFTStrategy``, as for all up to ``activation_budget``.
