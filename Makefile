@@ -27,6 +27,7 @@ lint: $(INSTALLED)
 
 bench-cpu: $(INSTALLED)
 	$(BIN)/lightning-hift bench --config configs/benchmark/speed_cpu.yaml
+	$(BIN)/lightning-hift bench --config configs/benchmark/data_parallel_cpu.yaml
 
 # Without a CUDA device all rows are skipped, and the report has what is planned.
 bench-gpu: $(INSTALLED)

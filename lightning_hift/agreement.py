@@ -29,7 +29,12 @@ def describe_run(strategy: StateHousing, callback: HiFTCallback) -> dict[str, An
         "the code of lightning_hift": _hash_of(*sorted(Path(__file__).parent.rglob("*.py"))),
         "the code of the module": _hash_of(*_files_of(type(module))),
         "precision": str(strategy.precision_plugin.precision),
-        "how state is kept": (strategy.offload, strategy.master_weights, strategy.max_group_numel),
+        "how state is kept": (
+            strategy.offload,
+            strategy.master_weights,
+            strategy.max_group_numel,
+            strategy.num_parts,
+        ),
         "hold_lr": callback.hold_lr,
         "parameters": [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()],
         "layer groups": [engine._fingerprint() for engine in callback.engines],

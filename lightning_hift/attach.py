@@ -27,6 +27,7 @@ from lightning_hift.optimizer_state import parameters_of
 from lightning_hift.policies import POLICIES
 from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy
+from lightning_hift.state_partition import UndividedState
 
 
 def attach_engines(
@@ -48,6 +49,7 @@ def attach_engines(
     weights_dtype: torch.dtype | None = None,
     max_group_numel: int | None = None,
     lr_scale: LRScale = 1.0,
+    partition: UndividedState | None = None,
 ) -> list[HiFTEngine]:
     """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
 
@@ -73,6 +75,7 @@ def attach_engines(
         weights_dtype: See ``HiFTEngine``.
         max_group_numel: See ``HiFTEngine``.
         lr_scale: See ``HiFTEngine``.
+        partition: See ``HiFTEngine``; one for all optimizers.
 
     Raises:
         ValueError: An argument is out of range, or does not go with the policy; a pattern matches nothing, or something
@@ -109,6 +112,7 @@ def attach_engines(
                 weights_dtype,
                 max_group_numel,
                 lr_scale,
+                partition,
             )
             engines.append(engine)
     except BaseException:

@@ -53,7 +53,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         map_location: Any = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint; a local one only as far, and when, its tensors are used.
 
         Raises:
             FileNotFoundError: There is no file at ``path``.
@@ -66,7 +66,10 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 f" it: lightning-hift consolidate --checkpoint {path} --output FILE"
             )
         try:
-            return super().load_checkpoint(path, map_location, weights_only)
+            if "://" in str(path) or not zipfile.is_zipfile(path):
+                return super().load_checkpoint(path, map_location, weights_only)
+            found: dict[str, Any] = torch.load(path, map_location, weights_only=weights_only, mmap=True)
+            return found
         except Exception as error:  # damaged bytes raise whatever they happen to mean
             if "://" in str(path) or not Path(path).is_file() or _is_whole(Path(path)):
                 raise

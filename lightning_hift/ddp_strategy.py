@@ -10,9 +10,12 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -24,6 +27,7 @@ from lightning_hift.gradient_sync import GradientSync
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import Offload
 from lightning_hift.state_housing import StateHousing
+from lightning_hift.state_partition import StatePartition
 
 
 class HiFTDDPStrategy(StateHousing, DDPStrategy):
@@ -35,6 +39,11 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     norms), but for masks of booleans, are those of the first process at the start of each batch. There is no
     ``DistributedDataParallel`` around the module.
 
+    With ``partition_state`` each process keeps and steps its part of the optimizer state and the masters alone, which
+    divides the host memory for them, and the time of the optimizer, by about the number of processes. Then the new
+    weights of the active group go over the network, too. Checkpoints stay the same: the first process gathers the
+    state, in memory-mapped files in the Trainer's ``default_root_dir``, so all processes have to save together.
+
     Args:
         offload: See ``HiFTStrategy``, as for all up to ``activation_budget``.
         offload_directory: On each host.
@@ -45,6 +54,8 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         activation_budget: For each process.
         check_every_n_steps: Compare the weights of all processes every so many optimizer steps, which waits for the
             device, and stop if they differ; 0 never does.
+        partition_state: Divide optimizer state and masters among the processes: tensor by tensor, so that the largest
+            one decides how evenly (``max_group_numel`` cuts it). For optimizers that step each parameter by itself.
         timeout: Processes that wait longer for another one give up.
         process_group_backend: As in Lightning's ``DDPStrategy``, as for all that follow.
         start_method: .
@@ -56,6 +67,8 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     Raises:
         ValueError: As ``HiFTStrategy``, or ``check_every_n_steps`` is below 0.
+        TypeError: In ``fit``: with ``partition_state``, the optimizer does not step each parameter by itself.
+        MisconfigurationException: There are to be other processes than torchrun has started.
         RuntimeError: In ``fit``: processes run different code or configurations, or their weights have come apart.
     """
 
@@ -71,6 +84,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         max_group_numel: int | None = None,
         activation_budget: str | int | None = None,
         check_every_n_steps: int = 100,
+        partition_state: bool = False,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -100,12 +114,36 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
             precision_plugin=precision_plugin,
         )
         self.check_every_n_steps = check_every_n_steps
+        self.partition_state = partition_state
+        self._partition: StatePartition | None = None
+        self._host_group: dist.ProcessGroup | None = None  # None: the default one
         self._sync: GradientSync | None = None
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of gradients that this process has handed over to be summed up, at this step."""
-        return 0 if self._sync is None else self._sync.sent_bytes
+        """Bytes that this process has sent at this step: gradients to be summed up, and weights that it has stepped."""
+        return sum(each.sent_bytes for each in (self._sync, self._partition) if each is not None)
+
+    @property
+    @override
+    def num_parts(self) -> int:
+        return self.world_size if self.partition_state else 1
+
+    @property
+    @override
+    def engine_options(self) -> dict[str, Any]:
+        return super().engine_options | {"partition": self._partition}
+
+    @override
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        environment, count = self.cluster_environment, self.num_nodes * self.num_processes
+        if isinstance(environment, TorchElasticEnvironment) and environment.world_size() != count:
+            raise MisconfigurationException(
+                f"Got devices={self.num_processes} and num_nodes={self.num_nodes}, which makes {count} processes, but"
+                f" torchrun has started {environment.world_size()}. Pass its --nproc_per_node as devices and its"
+                " --nnodes as num_nodes."
+            )
 
     @override
     def _setup_model(self, model: Module) -> Module:  # type: ignore[override]  # no wrapper around it
@@ -116,6 +154,10 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         assert self.model is not None
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._take_from_first(tensor.detach())
+        if self.partition_state:
+            self._partition = StatePartition()
+            if self._host_group is None and dist.get_backend() != "gloo":
+                self._host_group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     @override
     def on_attach(self, callback: HiFTCallback) -> None:
@@ -129,6 +171,8 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         assert self._hift is not None
         assert self._sync is not None
         self._sync.begin([p for engine in self._hift.engines for p in engine.active_parameters])
+        if self._partition is not None:
+            self._partition.sent_bytes = 0
         self._share_buffers()
 
     @override
@@ -161,8 +205,14 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        # The state of the others is the same, and they write no file.
-        return super().optimizer_state(optimizer) if self.is_global_zero else {}
+        engines = () if self._hift is None else self._hift.engines
+        engine = next((each for each in engines if each.optimizer is _bare(optimizer)), None)
+        if self._partition is None or engine is None:
+            # The state of the others is the same, and they write no file.
+            return super().optimizer_state(optimizer) if self.is_global_zero else {}
+        assert self.lightning_module is not None
+        with engine.gathered(self.lightning_module.trainer.default_root_dir, self._host_group):
+            return super().optimizer_state(optimizer) if self.is_global_zero else {}
 
     @override
     def teardown(self) -> None:
@@ -194,3 +244,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
                 parts = cast(Any, together).split([buffer.numel() for buffer in buffers])
                 for buffer, part in zip(buffers, parts, strict=True):
                     buffer.copy_(part.view_as(buffer))
+
+
+def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

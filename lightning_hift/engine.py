@@ -9,14 +9,17 @@ foreign code can move or cast it.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,12 +29,19 @@ from lightning_hift.lending import Lender
 from lightning_hift.lr_scale import LRScale, lr_scales_for
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
-from lightning_hift.optimizer_checks import check_counts, check_optimizer, check_resettable, counts_of
+from lightning_hift.optimizer_checks import (
+    check_counts,
+    check_divisible,
+    check_optimizer,
+    check_resettable,
+    counts_of,
+)
 from lightning_hift.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.proof import FirstSweepProof, SweepReport
 from lightning_hift.row_slices import Piece, cut_into_turns, steps_element_wise
 from lightning_hift.selection import SelectionPolicy
 from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.state_partition import UndividedState
 
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
@@ -42,7 +52,10 @@ class StepWatcher(Protocol):
     """Looks at the weights around each step, in 32 bits where there are masters."""
 
     def before_step(self, pieces: Sequence[Piece]) -> None:
-        """``pieces`` are about to be stepped, by their handles; with slices, several times per step."""
+        """``pieces`` are about to be stepped, by their handles; with slices, several times per step.
+
+        Where other processes step some of them (see ``HiFTEngine.partition``), they are those that this one steps.
+        """
 
     def after_step(self) -> None:
         """They were stepped."""
@@ -75,11 +88,13 @@ class HiFTEngine:
             the state of one slice only. For optimizers that work element by element.
         lr_scale: By what to multiply the learning rate while a layer group is stepped, or ``"auto"``, by how rarely it
             trains; see ``lr_scales``. Always-active units are stepped with the learning rate as it is.
+        partition: Which process keeps and steps what; default: this one everything. See ``StatePartition``.
 
     Raises:
         ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
             that have none, or slices for an optimizer that does not work element by element.
-        TypeError: The optimizer cannot step one group at a time, or its state cannot be reset as the policy asks.
+        TypeError: The optimizer cannot step one group at a time, or its state cannot be reset as the policy asks, or
+            not be divided among processes.
         RuntimeError: The optimizer is already under another engine.
     """
 
@@ -96,8 +111,13 @@ class HiFTEngine:
         weights_dtype: torch.dtype | None = None,
         max_group_numel: int | None = None,
         lr_scale: LRScale = 1.0,
+        partition: UndividedState | None = None,
     ) -> None:
         check_optimizer(optimizer)
+        self.partition = partition or UndividedState()
+        """Which process keeps and steps what."""
+        if self.partition.world_size > 1:
+            check_divisible(optimizer)
         if policy.state_handling == "reset":
             check_resettable(optimizer)
         self.optimizer = optimizer
@@ -117,6 +137,7 @@ class HiFTEngine:
         always = [p for unit in self.always_active for p in unit.parameters.values()]
         (self._fixed,) = cut_into_turns(always, None)
         self._check_slicing(max_group_numel)
+        self.partition.assign([*(turn for turns in self._turns for turn in turns), self._fixed])
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
         if masters != "none" and not self._needs_gradient:
@@ -129,11 +150,13 @@ class HiFTEngine:
         self.offloader = offloader or StateOffloader(device)
         self._lender = Lender(optimizer, self.offloader, masters)
         by_group = [*([piece for turn in turns for piece in turn] for turns in self._turns), self._fixed]
-        self._state = OptimizerState(optimizer, self._lender, self.offloader, by_group)
+        self._state = OptimizerState(optimizer, self._lender, self.offloader, by_group, self.partition)
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
+        self._turn: list[Piece] = []  # which is being stepped, here or elsewhere
+        self._has_all_state = self.partition.world_size == 1
         self._proof = FirstSweepProof(self.parameters, len(self.groups)) if self._needs_gradient else None
         self.watchers: list[StepWatcher] = []
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
@@ -144,12 +167,14 @@ class HiFTEngine:
         self._num_owned = len(parameters_of(optimizer))
 
         other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
+        if other is not None:
+            other._refuse_part()
         inherited = {} if other is None else other._state.masters()
         self._take_over_from(other)
         self._active_groups = self._select()
         self._state.adopt()
         for pieces in by_group:
-            self._lender.make_masters(pieces, weights_dtype, inherited)
+            self._lender.make_masters(pieces, weights_dtype, inherited, self.partition.owns)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._counts: dict[str, Any] = {}
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
@@ -211,10 +236,11 @@ class HiFTEngine:
         """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run.
 
         With a policy whose sweeps leave groups out, at the end of the sweep with which every group has had a turn.
+        Where processes share the state, all of them have to ask after the same step.
         """
         if self._proof is None or not self._proof.is_complete:
             return None
-        report, self._proof = self._proof.report(), None
+        report, self._proof = self._proof.report(self.partition.sum), None
         return report
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -346,7 +372,10 @@ class HiFTEngine:
     def _prepare_whole(self) -> None:
         """Raise the precision of what is not stepped in turns."""
         turns = self._turns_of(self._active_groups)
-        self._lender.prepare([*(turns[0][1] if len(turns) == 1 else ()), *self._fixed])
+        pieces = [*(turns[0][1] if len(turns) == 1 else ()), *self._fixed]
+        self._lender.prepare(self._own(pieces))
+        # What others step is clipped and unscaled here, too, and has to come out the same.
+        self._lender.raise_gradients(piece.parameter for piece in pieces if not self.partition.owns(piece))
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
@@ -415,14 +444,16 @@ class HiFTEngine:
             rounds = [(rounds[-1][0], [piece for _, turn in rounds for piece in turn])]
         for (owner, turn), (next_owner, next_turn) in pairwise(rounds):
             self._lend(owner, turn)
-            _bare_step(self.optimizer)
+            if self._own(turn):
+                _bare_step(self.optimizer)
             self._take_back(keep_options=owner != next_owner)
             if owner != _ALWAYS:
                 self._hold(next_turn)
         self._lend(*rounds[-1])
         self._counts = counts_of(self.optimizer)
 
-    def _lend(self, owner: int | str, pieces: list[Piece]) -> None:
+    def _lend(self, owner: int | str, turn: list[Piece]) -> None:
+        self._turn, pieces = turn, self._own(turn)
         now = {piece.parameter for piece in pieces}
         scale = self.lr_scales[owner] if isinstance(owner, int) else 1.0
         self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now], lr_scale=scale)
@@ -435,11 +466,13 @@ class HiFTEngine:
         for watcher in (*self.watchers, *([] if self._proof is None else [self._proof])):
             watcher.after_step()
         self._lender.take_back(keep_options)
+        self.partition.share(self._turn)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
         self._take_back()
+        self.partition.finish()
         self._lender.lower_gradients()
         self.offloader.end_step()
         check_counts(optimizer, self._counts)
@@ -478,6 +511,7 @@ class HiFTEngine:
             "counters": self._lender.options.state_dict(),
             "held": [s.held_state() for s in self.held_schedulers],
             **({"learned": learned} if (learned := self.policy.state_dict()) else {}),
+            **({} if self._has_all_state else {"part": [self.partition.rank, self.partition.world_size]}),
             **self._fingerprint(),
         }
 
@@ -486,6 +520,12 @@ class HiFTEngine:
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return None  # torch raises its own error for this
         position = state_dict.get(_CHECKPOINT_KEY) or {}
+        if "part" in position:
+            rank, world_size = position["part"]
+            raise RuntimeError(
+                f"This is the part of the optimizer's state that process {rank} of {world_size} has kept. Load what"
+                " Trainer.save_checkpoint has written, which is all of it."
+            )
         if position:
             check_fingerprint(position, self._fingerprint())
         rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
@@ -538,7 +578,30 @@ class HiFTEngine:
         if index < len(held):
             scheduler.restore_held(held[index])
 
+    @contextmanager
+    def gathered(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+        """In this context, which all processes enter together, the first one's ``optimizer.state_dict()`` is whole.
+
+        Args:
+            directory: Where the first process puts files for what the others have kept.
+            group: All processes, over a backend for tensors on the host; default: the default group.
+
+        Raises:
+            OSError: In all processes: the disk of the first one is full.
+        """
+        self._state.gather(directory, group)
+        self._has_all_state = self.partition.rank == 0
+        try:
+            yield
+        finally:
+            self._state.forget_others()
+            self._has_all_state = self.partition.world_size == 1
+
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _own(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Those that this process steps."""
+        return [piece for piece in pieces if self.partition.owns(piece)]
 
     def _turns_of(self, groups: Sequence[LayerGroup]) -> list[tuple[int | str, list[Piece]]]:
         """What is stepped together, turn by turn, with the group that it belongs to."""
@@ -594,12 +657,20 @@ class HiFTEngine:
 
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""
+        self._refuse_part()
         for hook in self._hooks:
             hook.remove()
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
         for name in ("load_state_dict", "train", "eval", "__getstate__"):
             vars(self.optimizer).pop(name, None)
         self._state.hand_back(to_device)
+
+    def _refuse_part(self) -> None:
+        if self.partition.world_size > 1:
+            raise RuntimeError(
+                "The state of this optimizer is divided among processes, so it cannot be used without the engine that"
+                " it was under. Return a new one from configure_optimizers, and resume from a checkpoint."
+            )
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

@@ -22,6 +22,7 @@ from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharde
 from lightning_hift.sharded_tensors import as_sharded, local_part
 from lightning_hift.sharding import is_sharded_module, reshard, shard
 from lightning_hift.state_housing import StateHousing
+from lightning_hift.state_partition import ShardedState
 
 
 class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
@@ -82,6 +83,11 @@ class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.reshard_after_forward = reshard_after_forward
+
+    @property
+    @override
+    def engine_options(self) -> dict[str, Any]:
+        return {**super().engine_options, "partition": ShardedState(self.root_device)}
 
     @override
     def setup_environment(self) -> None:

@@ -23,6 +23,7 @@ from lightning_hift.grouping import LayerUnit, find_layer_units
 from lightning_hift.layer_updates_plot import plot_layer_updates
 from lightning_hift.optimizer_state import parameters_of
 from lightning_hift.row_slices import Piece
+from lightning_hift.state_partition import UndividedState
 
 _PART = 2**22  # elements
 _COLUMNS = ("sweep", "unit", "parameters", "steps", "update", "weight", "relative")
@@ -115,6 +116,8 @@ class LayerUpdates(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        for meter in self._meters:
+            meter.leave_others()
         self._finish(trainer)
 
     @override
@@ -131,7 +134,10 @@ class LayerUpdates(Callback):
 
     def _watch_engine(self, engine: HiFTEngine) -> tuple[_Meter, list[LayerUnit]]:
         # The engine counts a step before it lends the weights.
-        meter = _Meter(self._add, lambda: (engine.step, engine.policy.sweep_at(engine.step - 1)), self.every_n_sweeps)
+        def place() -> tuple[int, int]:
+            return engine.step, engine.policy.sweep_at(engine.step - 1)
+
+        meter = _Meter(self._add, place, self.every_n_sweeps, engine.partition)
         engine.watchers.append(meter)
         self._detach += [meter.flush, lambda: engine.watchers.remove(meter)]
         return meter, [*(unit for group in engine.groups for unit in group.units), *engine.always_active]
@@ -198,16 +204,23 @@ class _Meter:
         add: Takes what a step did to a unit: sweep, unit, norm of the update, norm of the weights.
         place: The number of the step that is under way, and its sweep.
         every_n_sweeps: See ``LayerUpdates``.
+        partition: Which process steps what; default: this one everything.
     """
 
     def __init__(
-        self, add: Callable[[int, str, float, float], None], place: Callable[[], tuple[int, int]], every_n_sweeps: int
+        self,
+        add: Callable[[int, str, float, float], None],
+        place: Callable[[], tuple[int, int]],
+        every_n_sweeps: int,
+        partition: UndividedState | None = None,
     ) -> None:
         self.owner: dict[nn.Parameter, str] = {}
         self._add = add
         self._place = place
         self._every_n_sweeps = every_n_sweeps
+        self._partition = partition or UndividedState()
         self._now = (-1, -1)
+        self._is_measured = False
         self._before: list[tuple[Piece, Tensor]] = []
         self._squares: dict[str, list[float]] = {}  # of the step that is under way, which may have several turns
 
@@ -215,8 +228,9 @@ class _Meter:
         if self._place() != self._now:
             self.flush()
             self._now = self._place()
-        is_measured = self._now[1] % self._every_n_sweeps == 0
-        self._before = [(piece, piece.handle.detach().to("cpu", copy=True)) for piece in pieces if is_measured]
+            self._is_measured = self._now[1] % self._every_n_sweeps == 0
+        measured = pieces if self._is_measured else ()
+        self._before = [(piece, piece.handle.detach().to("cpu", copy=True)) for piece in measured]
 
     def after_step(self) -> None:
         for piece, before in self._before:
@@ -227,10 +241,21 @@ class _Meter:
         self._before = []
 
     def flush(self) -> None:
-        """Hand over the last step, which is over."""
-        for unit, (update, weight) in self._squares.items():
-            self._add(self._now[1], unit, update**0.5, weight**0.5)
-        self._squares = {}
+        """Hand over the last step, which is over, with what all processes have found."""
+        if self._is_measured:
+            found = torch.zeros(len(units := list(dict.fromkeys(self.owner.values()))), 3, dtype=torch.float64)
+            for i, unit in enumerate(units):
+                if unit in self._squares:
+                    found[i] = torch.tensor([1, *self._squares[unit]], dtype=torch.float64)
+            for unit, (is_stepped, update, weight) in zip(units, self._partition.sum(found).tolist(), strict=True):
+                if is_stepped:
+                    self._add(self._now[1], unit, update**0.5, weight**0.5)
+        self._squares, self._is_measured = {}, False
+
+    def leave_others(self) -> None:
+        """Leave out the last step: other processes may have stopped elsewhere, so that nobody sums it up."""
+        if self._partition.world_size > 1:
+            self._squares, self._is_measured = {}, False
 
 
 def _squares(before: Tensor, after: Tensor) -> tuple[float, float]:

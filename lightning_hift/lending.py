@@ -6,7 +6,7 @@ place of the weights. Between steps the optimizer holds nothing that other code 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,8 @@ class Lender:
         self._lr = LRScaler(optimizer)
         self._optimizer = optimizer
         self._offloader = offloader
+        self.is_lent = False
+        """Whether a step, or what ``lend`` was called for, is under way."""
         self._pieces: list[Piece] = []  # on loan
         self._kept: dict[nn.Parameter, State] = {}  # by handle: what the optimizer does not get to see
         self._live: dict[nn.Parameter, Tensor] = {}  # by handle: the weights that stand aside for their masters
@@ -53,11 +55,6 @@ class Lender:
         self._raised: list[nn.Parameter] = []  # those whose gradients are float32, and their weights are not
         self._owner: Hashable = None
         self._all_groups = optimizer.param_groups
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether the optimizer has something on loan."""
-        return bool(self._pieces)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +99,7 @@ class Lender:
             to_step: Whether it is for a step, which leaves out what has no gradient.
         """
         with record_function("HiFT::lend"):
-            self._pieces, self._owner = list(pieces), owner
+            self._pieces, self._owner, self.is_lent = list(pieces), owner, True
             self._all_groups = self._optimizer.param_groups
             self.options.enter(owner)
             self._lr.enter(lr_scale)
@@ -153,12 +150,12 @@ class Lender:
                     self._put_back(piece)
                 if kept:
                     taken[piece.handle] = {**taken.get(piece.handle, {}), **kept}
-            self._pieces = []
+            self._pieces, self.is_lent = [], False
             self._offloader.give(taken)
 
     def cancel(self) -> None:
         """Undo what is under way: take back what is on loan, undo ``prepare``, and drop the gradients it has made."""
-        if self._pieces:
+        if self.is_lent:
             self.take_back()
         for handle, live in self._live.items():
             handle.grad = None
@@ -206,6 +203,7 @@ class Lender:
         pieces: Sequence[Piece],
         dtype: torch.dtype | None = None,
         known: Mapping[nn.Parameter, Tensor | None] | None = None,
+        owns: Callable[[Piece], bool] = lambda piece: True,
     ) -> None:
         """Keep masters of ``pieces``, from their present values.
 
@@ -213,6 +211,7 @@ class Lender:
             pieces: All pieces of some parameters. Those that are not in 16 bits, in the end, get no master.
             dtype: Round the weights to this dtype now; default: they stay as they are.
             known: Masters or remainders that exist already, as by ``saved_master``.
+            owns: Whether the master of a piece is kept here; default: always.
         """
         if self.master_weights == "none":
             return
@@ -220,14 +219,16 @@ class Lender:
         parameters: set[nn.Parameter] = set()
         for piece in pieces:
             p = piece.parameter
-            if p.is_floating_point() and (dtype or p.dtype) in HALF_DTYPES:
+            if not (p.is_floating_point() and (dtype or p.dtype) in HALF_DTYPES):
+                continue
+            parameters.add(p)
+            if owns(piece):
                 saved = known.get(p) if known and p.dtype in HALF_DTYPES else None
                 master = self._packed(piece.rows_of(p.detach()).float()) if saved is None else None
                 bags[piece.handle] = {
                     **self._offloader.state_of(piece.handle),
                     **(self.restored_master(piece, saved) if master is None else master),
                 }
-                parameters.add(p)
         self._offloader.put(bags)
         for p in parameters:
             if dtype is not None and p.dtype != dtype:
@@ -243,14 +244,22 @@ class Lender:
         """The dtype in which ``p`` is stepped."""
         return torch.float32 if self.master_weights != "none" and p.dtype in HALF_DTYPES else p.dtype
 
-    def saved_master(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """What a checkpoint keeps of the master of the parameter of ``pieces``; ``drain`` the offloader first."""
-        states = [{k: v for k, v in self._offloader.state_of(piece.handle).items() if k in _OURS} for piece in pieces]
+    def saved_master(
+        self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None
+    ) -> Tensor | None:
+        """What a checkpoint keeps of the master of the parameter of ``pieces``; ``drain`` the offloader first.
+
+        Args:
+            pieces: All pieces of a parameter.
+            kept: What is kept of each, by its handle; default: what the offloader has.
+        """
+        kept = kept or self._offloader.state_of
+        states = [{k: v for k, v in kept(piece.handle).items() if k in _OURS} for piece in pieces]
         return next(iter(join_states(states, pieces).values()), None)
 
-    def state_of(self, pieces: Sequence[Piece]) -> State:
-        """The optimizer's own state of the parameter of ``pieces``; ``drain`` the offloader first."""
-        states = [self._offloader.state_of(piece.handle) for piece in pieces]
+    def state_of(self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None) -> State:
+        """The optimizer's own state of the parameter of ``pieces``; see ``saved_master``."""
+        states = [(kept or self._offloader.state_of)(piece.handle) for piece in pieces]
         return join_states([{k: v for k, v in state.items() if k not in _OURS} for state in states], pieces)
 
     def forget(self, pieces: Iterable[Piece], owner: Hashable) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
+
+from lightning_hift.optimizer_twin import twin_of
+from lightning_hift.stepped_options import SteppedOptions
 
 _REFUSED = {
     torch.optim.LBFGS: "it steps on one flat vector of all parameters and reruns its closure",
@@ -52,6 +56,51 @@ def check_resettable(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} draws its noise by the steps that it counts in its state; with"
             " state_handling='reset' each turn of a group would draw the same noise again. Use state_handling='keep'."
         )
+
+
+def check_divisible(optimizer: Optimizer) -> None:
+    """Refuse an optimizer of which several processes could not each step a part, found out by a few steps on the CPU.
+
+    Raises:
+        TypeError: As said.
+    """
+    kind = type(optimizer).__name__
+    remedy = "Leave partition_state out, or use an optimizer that steps each by itself, such as torch.optim.AdamW."
+    if not getattr(optimizer, "needs_gradient", True) or callable(getattr(optimizer, "eval", None)):
+        raise TypeError(
+            f"{kind} moves weights outside of its steps, so its state cannot be divided among processes. {remedy}"
+        )
+    for options in optimizer.param_groups:
+        try:
+            reason = _depends_on_others(optimizer, options)
+        except Exception as error:  # anything may happen in a foreign optimizer
+            reason = f"could not be tried out on the CPU ({type(error).__name__}: {error})"
+        if reason is not None:
+            raise TypeError(f"{kind} {reason}, so its state cannot be divided among processes. {remedy}")
+
+
+def _depends_on_others(optimizer: Optimizer, options: dict[str, Any]) -> str | None:
+    """How the step of a parameter depends on whether others are stepped with it; ``None``: it does not."""
+    generator = torch.Generator().manual_seed(0)
+    together = [nn.Parameter(torch.randn(64, 64, generator=generator)) for _ in range(2)]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    one, *several = (twin_of(optimizer, options, parameters) for parameters in (together, alone[:1], alone[1:]))
+    counters = SteppedOptions(one)
+    for _ in range(5):
+        for p, other in zip(together, alone, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            other.grad = p.grad.clone()
+        counters.enter("the only one")
+        for twin in (one, *several):
+            twin.step()
+        counters.leave("the only one")
+    if changed := [key for _, key, *_ in counters.state_dict()]:
+        return f"keeps {', '.join(changed)} in its param_groups, which count for all parameters"
+    if not all(torch.equal(p, other) for p, other in zip(together, alone, strict=True)):
+        return "does not compute the same for a parameter alone as beside others"
+    one.param_groups = []  # a process may have nothing to step
+    one.step()
+    return None
 
 
 def counts_of(optimizer: Optimizer) -> dict[str, Any]:

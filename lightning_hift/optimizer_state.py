@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +18,8 @@ from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_twin import bare_twin, twin_of
 from lightning_hift.row_slices import Piece, split_state
 from lightning_hift.sharded_tensors import as_sharded, local_part
+from lightning_hift.state_gathering import gather_states
+from lightning_hift.state_partition import UndividedState
 from lightning_hift.state_tree import State
 
 
@@ -41,10 +45,16 @@ class OptimizerState:
         lender: Keeps the masters.
         offloader: Keeps the state.
         groups: The pieces of each layer group, whose state is kept side by side.
+        partition: Which of them are kept in this process.
     """
 
     def __init__(
-        self, optimizer: Optimizer, lender: Lender, offloader: StateOffloader, groups: Iterable[Sequence[Piece]]
+        self,
+        optimizer: Optimizer,
+        lender: Lender,
+        offloader: StateOffloader,
+        groups: Iterable[Sequence[Piece]],
+        partition: UndividedState,
     ) -> None:
         self._optimizer = optimizer
         self._lender = lender
@@ -52,6 +62,8 @@ class OptimizerState:
         self._pieces: dict[nn.Parameter, list[Piece]] = {}
         self._group_of: dict[nn.Parameter, int] = {}
         self._groups = [list(pieces) for pieces in groups]
+        self._partition = partition
+        self._of_others: dict[nn.Parameter, State] = {}  # by handle, while they are gathered here
         self._starts_empty: bool | None = None
         for index, pieces in enumerate(self._groups):
             for piece in pieces:
@@ -70,6 +82,7 @@ class OptimizerState:
             piece.handle: split_state(cast_state(values, str(p.dtype), self._lender.dtype_of(p)), piece)
             for p, values in existing.items()
             for piece in self._pieces_of(p)
+            if self._partition.owns(piece)
         }
         try:
             self._put(states, self._optimizer.param_groups)
@@ -84,16 +97,29 @@ class OptimizerState:
         return {p: self._lender.saved_master(pieces) for p, pieces in self._pieces.items()}
 
     def collect(self) -> Collected:
-        """All state, without copying what is whole and on the host."""
+        """All state that is here as a whole, without copying what is in one piece and on the host."""
         self._offloader.drain()
         owned = dict(enumerate(parameters_of(self._optimizer)))
-        state = {i: self._lender.state_of(self._pieces_of(p)) for i, p in owned.items()}
-        masters = {i: self._lender.saved_master(self._pieces_of(p)) for i, p in owned.items()}
+        here = {i: pieces for i, p in owned.items() if all(map(self._is_here, pieces := self._pieces_of(p)))}
+        state = {i: self._lender.state_of(pieces, self._kept) for i, pieces in here.items()}
+        masters = {i: self._lender.saved_master(pieces, self._kept) for i, pieces in here.items()}
         return Collected(
             {i: values for i, values in state.items() if values},
             {i: master for i, master in masters.items() if master is not None},
             [str(self._lender.dtype_of(p)) for p in owned.values()],
         )
+
+    def gather(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None) -> None:
+        """Bring what other processes keep to the first one, until ``forget_others``. See ``gather_states``."""
+        if self._partition.world_size == 1:
+            return
+        self._offloader.drain()
+        pieces = [piece for group_of_pieces in self._groups for piece in group_of_pieces]
+        self._of_others = gather_states(pieces, self._partition, self._offloader.state_of, directory, group)
+
+    def forget_others(self) -> None:
+        """Let go of what ``gather`` has brought."""
+        self._of_others = {}
 
     def replace(self, saved: Mapping[str, Any], dtypes: Sequence[str] | None, masters: Mapping[int, Tensor]) -> State:
         """Take over the state of a checkpoint, without the cast and the move to the device that torch would make.
@@ -113,8 +139,9 @@ class OptimizerState:
         for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
             state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._lender.dtype_of(p))
             for piece in self._pieces_of(p):
-                master = self._lender.restored_master(piece, masters.get(i))
-                kept[piece.handle] = split_state(state, piece) | master
+                master = self._lender.restored_master(piece, masters.get(i))  # which may set the weights everywhere
+                if self._partition.owns(piece):
+                    kept[piece.handle] = split_state(state, piece) | master
         self._lender.cancel()
         self._offloader.forget(keep=kept.keys())
         self._put(kept, saved["param_groups"])
@@ -135,7 +162,7 @@ class OptimizerState:
         new: dict[nn.Parameter, State] = {}
         for options in self._optimizer.param_groups:
             owned = set(options["params"])
-            for piece in [piece for piece in pieces if piece.parameter in owned]:
+            for piece in [piece for piece in pieces if piece.parameter in owned and self._partition.owns(piece)]:
                 stepped = piece.rows_of(piece.parameter.detach()).to(self._lender.dtype_of(piece.parameter))
                 alone = nn.Parameter(stepped)
                 state = twin_of(self._optimizer, options, [alone]).state.get(alone, {})
@@ -183,6 +210,12 @@ class OptimizerState:
                         state |= {k: as_sharded(local_part(state[k], p).to(p.device), p) for k in moves}
                     self._optimizer.state[p] = state
         self._offloader.clear()
+
+    def _kept(self, handle: nn.Parameter) -> State:
+        return self._of_others[handle] if handle in self._of_others else self._offloader.state_of(handle)
+
+    def _is_here(self, piece: Piece) -> bool:
+        return self._partition.owns(piece) or piece.handle in self._of_others
 
     def _pieces_of(self, p: nn.Parameter) -> list[Piece]:
         return self._pieces.get(p) or [Piece(p, p)]

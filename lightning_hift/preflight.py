@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -39,6 +40,7 @@ def check_before_run(
     weights_dtype: torch.dtype | None = None,
     max_group_numel: int | None = None,
     policy: SelectionPolicy | None = None,
+    processes: int = 1,
 ) -> str | None:
     """Refuse a run that cannot fit on its device, host or disk.
 
@@ -53,6 +55,7 @@ def check_before_run(
         weights_dtype: See ``HiFTEngine``.
         max_group_numel: See ``HiFTEngine``.
         policy: Which groups train when; default: HiFT's.
+        processes: Among how many the state is divided.
 
     Returns:
         For ``"disk"``, what the run will do to it. ``None`` otherwise, or where the state cannot be foretold.
@@ -62,9 +65,10 @@ def check_before_run(
         ValueError: The masters are impossible; see ``resolve_master_weights``.
     """
     try:
-        rotating, fixed = _bytes_of(optimizers, found, master_weights, weights_dtype, max_group_numel)
+        everything = _bytes_of(optimizers, found, master_weights, weights_dtype, max_group_numel)
     except RuntimeError:  # a foreign optimizer may refuse to be tried out; it will be measured by running it
         return None
+    rotating, fixed = ([_part_of(group, processes) for group in groups] for groups in everything)
     on_host = sum(local_numel(p) * p.element_size() for p in model.parameters() if p.device.type == "cpu")
     weights = sum(local_numel(t) * _dtype(t, weights_dtype).itemsize for t in (*model.parameters(), *model.buffers()))
     leaving = on_host if device.type != "cpu" else max(0, on_host - weights)
@@ -114,6 +118,11 @@ def _bytes_of(
                 of_each = [states.get(p, StateBytes()) for p in parameters]
                 into.append(group_bytes(part.name, parameters, of_each, masters, weights_dtype, max_group_numel))
     return rotating, fixed
+
+
+def _part_of(group: GroupBytes, processes: int) -> GroupBytes:
+    """What one of several processes keeps, on average."""
+    return replace(group, state=-(-group.state // processes), masters=-(-group.masters // processes))
 
 
 def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], moved_per_step: float) -> str:

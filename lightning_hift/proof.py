@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -77,14 +77,21 @@ class FirstSweepProof:
             self._moved[p] = self._moved[p] | moved if p in self._moved else moved
         self._before = []
 
-    def report(self) -> SweepReport:
-        """The result; waits for the device."""
+    def report(self, sum_parts: Callable[[Tensor], Tensor]) -> SweepReport:
+        """The result; waits for the device.
+
+        Args:
+            sum_parts: Of numbers that several processes have found, each about what it steps, makes the sum of all.
+        """
         moved = {p for p, flag in self._moved.items() if flag.item()}
+        seen = (self._stepped, self._with_gradient, moved)
+        counts = torch.tensor([[p in each for each in seen] for p in self._parameters.values()], dtype=torch.int32)
+        flags = dict(zip(self._parameters, sum_parts(counts).bool().tolist(), strict=True))
         return SweepReport(
-            len(self._parameters),
-            without_gradient=[n for n, p in self._parameters.items() if p in self._stepped - self._with_gradient],
-            unchanged=[n for n, p in self._parameters.items() if p in self._with_gradient - moved],
-            skipped=[n for n, p in self._parameters.items() if p not in self._stepped],
+            len(flags),
+            without_gradient=[n for n, (stepped, with_gradient, _) in flags.items() if stepped and not with_gradient],
+            unchanged=[n for n, (_, with_gradient, moved) in flags.items() if with_gradient and not moved],
+            skipped=[n for n, (stepped, *_) in flags.items() if not stepped],
         )
 
 

@@ -96,6 +96,11 @@ class StateHousing(Strategy):
             "max_group_numel": self.max_group_numel,
         }
 
+    @property
+    def num_parts(self) -> int:
+        """Among how many processes state and masters are divided."""
+        return 1
+
     def _make_offloader(self) -> StateOffloader:
         return StateOffloader(self.root_device, self.offload, self.prefetch, self.pin_memory, self.offload_directory)
 
@@ -185,7 +190,8 @@ class StateHousing(Strategy):
             offload=self.offload,
             directory=self.offload_directory,
             policy=callback.policy,
-            **{key: value for key, value in self.engine_options.items() if key != "make_offloader"},
+            processes=self.num_parts,
+            **{key: self.engine_options[key] for key in ("master_weights", "weights_dtype", "max_group_numel")},
         )
         if told is not None:
             rank_zero_info(told)

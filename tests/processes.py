@@ -10,7 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_SECONDS = 120  # for one function
+_SECONDS = 240  # for one function
+_PRELOADED = ["tests.models", "tests.optimizers"]  # which takes long, and here happens once for all processes
 
 
 class Processes:
@@ -21,10 +22,7 @@ class Processes:
     """
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        context, port = loaded_context(), free_port()
         self.count = count
         self._pipes: list[Connection] = []
         self._processes = []
@@ -56,7 +54,22 @@ class Processes:
             process.kill()
 
 
-def _serve(pipe: Connection, rank: int, count: int, port: int) -> None:
+def loaded_context() -> Any:
+    """Starts processes that have loaded what takes long already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def take_part(rank: int, count: int, port: int) -> None:
+    """Let this process take itself for one of a Trainer's."""
     import torch
 
     torch.set_num_threads(1)
@@ -67,6 +80,10 @@ def _serve(pipe: Connection, rank: int, count: int, port: int) -> None:
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
     }
+
+
+def _serve(pipe: Connection, rank: int, count: int, port: int) -> None:
+    take_part(rank, count, port)
     while True:
         function, args = pipe.recv()
         try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_hift.benchmark import memory, memory_plan, memory_report, speed
+from lightning_hift.benchmark import data_parallel, memory, memory_plan, memory_report, speed
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.kinds import KINDS, Skipped
 from lightning_hift.benchmark.matrix import load_benchmark
@@ -90,7 +90,7 @@ def test_every_configuration_describes_runs_of_a_known_kind(path: Path, monkeypa
 
 def test_what_make_runs_is_there() -> None:
     named = re.findall(r"configs/benchmark/\w+\.yaml", (ROOT / "Makefile").read_text())
-    assert [Path(path).stem for path in named] == ["speed_cpu", "memory_gpu"]
+    assert [Path(path).stem for path in named] == ["speed_cpu", "data_parallel_cpu", "memory_gpu"]
     assert all((ROOT / path).is_file() for path in named)
 
 
@@ -198,6 +198,66 @@ def test_the_fastest_step_at_each_place_counts(monkeypatch: pytest.MonkeyPatch, 
 def test_bad_options_of_speed(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         speed.run([], options, tmp_path)
+
+
+# --- data parallel ----------------------------------------------------------------------------------------------------
+
+
+def test_data_parallel_from_end_to_end(configured: Any, tmp_path: Path) -> None:
+    path = configured("data_parallel_cpu.yaml", axes={"round": [1], "processes": [2]}, sweeps=1, tiny=True)
+    main(["--config", path])
+    records = read_records(tmp_path / "data_parallel_cpu.jsonl")
+    assert [one["cell"]["variant"] for one in records] == list(data_parallel.VARIANTS)
+    for one in records:
+        assert one["status"] == "measured", one
+    ddp, hift, partitioned = (one["measured"] for one in records)
+    weights = sum(p.numel() for p in speed.build_model(speed.TINY).parameters())
+    assert ddp["bytes_per_step"] == 4 * weights
+    assert hift["bytes_per_step"] == pytest.approx(4 * weights / 3)  # one of three groups at a time
+    assert hift["bytes_per_step"] < partitioned["bytes_per_step"] < 2 * hift["bytes_per_step"]
+    text = (tmp_path / "data_parallel_cpu.md").read_text()
+    name = "HiFT against DDP, 2 processes, 3 layer groups"
+    assert cells(text, name)[1:] == ["at most 0.383", "0.333", "met"]
+    assert "batch 2 x 8 for each process; 1 threads for each; gloo" in text
+
+
+def test_scaling_and_bytes_are_ratios_within_a_round(configured: Any, tmp_path: Path) -> None:
+    variants = {"variant": ["ddp", "hift"], "round": [1, 2]}
+    path = configured("data_parallel_cpu.yaml", axes=variants, tiny=True)
+    values = {"steps": 3, "groups": 3, "threads": 1, "size": speed.TINY._asdict()}
+    outcomes = [
+        {
+            "seconds_per_step": {"ddp": 4.0, "hift": 2.0}[cell.values["variant"]]
+            * {1: 1.0, 2: 1.25}[cell.values["processes"]]
+            * cell.values["round"],
+            "bytes_per_step": {"ddp": 1000.0, "hift": 400.0}[cell.values["variant"]],
+            "processes": cell.values["processes"],
+            **values,
+        }
+        for cell in load_benchmark(path).cells()
+    ]
+    recorded(path, [{"status": "measured", "measured": each, "passport": PASSPORT} for each in outcomes])
+    main(["--config", path, "--report"])
+    text = (tmp_path / "data_parallel_cpu.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| HiFT, hift_ddp |")]
+    assert [line[1:] for line in lines] == [
+        ["1", "400 B", "0.400", "3000", "2.00", "1.00", "2"],
+        ["2", "400 B", "0.400", "3750", "2.00", "0.80", "2"],
+    ]
+    assert cells(text, "HiFT against DDP, 2 processes, 3 layer groups")[1:] == ["at most 0.383", "0.400", "missed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "fsdp"}, "variant='fsdp'; choose one of ddp, hift, hift_partitioned"),
+        ({"variant": "ddp", "processes": 0}, "processes=0; it must be a whole number of at least 1"),
+        ({"variant": "ddp", "gpus": 1}, "options gpus; there are variant, processes, round, sweeps, tiny"),
+    ],
+)
+def test_bad_options_of_data_parallel(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data_parallel.run([], options, tmp_path)
 
 
 # --- memory: runs -----------------------------------------------------------------------------------------------------

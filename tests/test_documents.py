@@ -55,6 +55,7 @@ def readme_folder(tmp_path):
         "orders.yaml",
         "reviews.yaml",
         "run.yaml",
+        "two_gpus.yaml",
     ]
     return tmp_path
 

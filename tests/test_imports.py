@@ -20,6 +20,8 @@ FLOORS = [
         "engine",
         "attach",
         "gradient_sync",
+        "state_partition",
+        "state_gathering",
         "lending",
         "optimizer_state",
         "lr_scheduler",

@@ -46,6 +46,7 @@ class Skipped(Exception):
 KINDS = {
     "fit": Kind(f"{_HERE}.fit_cell:run", plan=f"{_HERE}.fit_cell:plan"),
     "speed": Kind(f"{_HERE}.speed:run", f"{_HERE}.speed:write_report"),
+    "data_parallel": Kind(f"{_HERE}.data_parallel:run", f"{_HERE}.data_parallel:write_report"),
     "memory": Kind(f"{_HERE}.memory:run", f"{_HERE}.memory_report:write_report", plan=f"{_HERE}.memory:plan"),
     "paper_memory": Kind(f"{_HERE}.paper_memory:run", f"{_HERE}.paper_memory:write_report", apart=False),
 }

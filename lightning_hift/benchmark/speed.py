@@ -104,12 +104,16 @@ class StepTimes(pl.Callback):
         self.times.append(time.perf_counter())
 
 
-def train_with_lightning(size: Size, batches: Batches, callbacks: Sequence[pl.Callback] = ()) -> list[float]:
+def train_with_lightning(
+    size: Size, batches: Batches, callbacks: Sequence[pl.Callback] = (), devices: int = 1, strategy: Any = "auto"
+) -> list[float]:
     """Seconds of each step in a Trainer, from the beginning of one batch to that of the next."""
     times = StepTimes()
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
+        strategy=strategy,
+        use_distributed_sampler=False,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
