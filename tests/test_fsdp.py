@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_hift import HiFTFSDPStrategy, HiFTModule, HiFTStrategy, sharded_checkpoint
+from lightning_hift import HiFTFSDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates, sharded_checkpoint
 from lightning_hift.cli import main
 from lightning_hift.sharded_checkpoint import consolidate
 from lightning_hift.tasks.chunked_loss import chunked_loss
@@ -514,6 +514,40 @@ def test_three_processes_of_which_some_have_no_part(three):
     expected = run_rows_in(1)
     for each in found:
         assert_close(each, expected)
+
+
+class Reports(pl.Callback):
+    def on_train_start(self, run, module):
+        (engine,) = run.callbacks[0].engines
+        ask = engine.first_sweep_report
+        self.reports = []
+        engine.first_sweep_report = lambda: self.reports.append(ask()) or self.reports[-1]
+
+
+def run_watched(folder, world):
+    model, reports, updates = Automatic(sgd), Reports(), LayerUpdates(folder, plot=False)
+    run = trainer(
+        strategy=HiFTFSDPStrategy() if world > 1 else HiFTStrategy(),
+        devices=world,
+        callbacks=[as_published(), reports, updates],
+        use_distributed_sampler=False,
+    )
+    run.fit(model, DataLoader([batch[run.global_rank :: world] for batch in tokens(11, 12)], batch_size=None))
+    return [report for report in reports.reports if report is not None], updates.rows
+
+
+def test_what_all_processes_did_is_reported(three, tmp_path):
+    (expected,), rows_of_one = run_watched(tmp_path / "one", 1)
+    for (report,), found in succeeded(three.run(run_watched, tmp_path / "three", 3)):
+        assert report == expected
+        assert report.complete
+        assert len(found) == len(rows_of_one)
+        for row, other in zip(found, rows_of_one, strict=True):
+            assert [row[key] for key in ("sweep", "unit", "parameters", "steps")] == [
+                other[key] for key in ("sweep", "unit", "parameters", "steps")
+            ]
+            # float32 gradients, summed up in another order
+            assert row["update"] == pytest.approx(other["update"], rel=1e-4)
 
 
 def run_in(world, path, steps, resumed=None):
