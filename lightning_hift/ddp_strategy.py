@@ -10,27 +10,25 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.agreement import check_agreement, check_identical, describe_run
+from lightning_hift.agreement import check_identical
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.gradient_sync import GradientSync
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import Offload
-from lightning_hift.state_housing import StateHousing
+from lightning_hift.several_processes import SeveralProcesses
 from lightning_hift.state_partition import StatePartition
 
 
-class HiFTDDPStrategy(StateHousing, DDPStrategy):
+class HiFTDDPStrategy(SeveralProcesses, DDPStrategy):
     """Trains on several devices, each with all weights and a share of each batch, as ``HiFTStrategy`` does on one.
 
     Weights and buffers are those of the first process at the start. At each step the gradients of the active group, and
@@ -135,17 +133,6 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         return super().engine_options | {"partition": self._partition}
 
     @override
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        environment, count = self.cluster_environment, self.num_nodes * self.num_processes
-        if isinstance(environment, TorchElasticEnvironment) and environment.world_size() != count:
-            raise MisconfigurationException(
-                f"Got devices={self.num_processes} and num_nodes={self.num_nodes}, which makes {count} processes, but"
-                f" torchrun has started {environment.world_size()}. Pass its --nproc_per_node as devices and its"
-                " --nnodes as num_nodes."
-            )
-
-    @override
     def _setup_model(self, model: Module) -> Module:  # type: ignore[override]  # no wrapper around it
         return model
 
@@ -153,7 +140,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
     def share_weights(self) -> None:
         assert self.model is not None
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            self._take_from_first(tensor.detach())
+            self.take_from_first(tensor.detach())
         if self.partition_state:
             self._partition = StatePartition()
             if self._host_group is None and dist.get_backend() != "gloo":
@@ -161,7 +148,7 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
 
     @override
     def on_attach(self, callback: HiFTCallback) -> None:
-        check_agreement(describe_run(self, callback))
+        super().on_attach(callback)
         self._close()
         self._sync = GradientSync([p for engine in callback.engines for p in engine.parameters.values()])
 
@@ -223,13 +210,6 @@ class HiFTDDPStrategy(StateHousing, DDPStrategy):
         if self._sync is not None:
             self._sync.close()
             self._sync = None
-
-    def _take_from_first(self, tensor: Tensor) -> None:
-        """Through the device, as some backends know no other memory."""
-        there = tensor.to(self.root_device).contiguous()
-        dist.broadcast(there, 0)
-        if there.data_ptr() != tensor.data_ptr():
-            tensor.copy_(there)
 
     def _share_buffers(self) -> None:
         assert self.lightning_module is not None

@@ -6,26 +6,22 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.agreement import check_agreement, describe_run
-from lightning_hift.callback import HiFTCallback
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import Offload
+from lightning_hift.several_processes import SeveralProcesses
 from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
 from lightning_hift.sharded_tensors import as_sharded, local_part
 from lightning_hift.sharding import is_sharded_module, reshard, shard
-from lightning_hift.state_housing import StateHousing
 from lightning_hift.state_partition import ShardedState
 
 
-class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
+class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
     """Trains on several devices, each with a part of the weights, gradients, optimizer state and masters.
 
     Weights are those of the first process at the start. torch's ``fully_shard`` (FSDP2) is applied to each block that
@@ -113,12 +109,8 @@ class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
         if not is_sharded_module(module):
             callback = self._callback(module.trainer)
             mesh = self.device_mesh["data_parallel"]
-            shard(module, mesh, self._take_from_first, callback.units, self.reshard_after_forward)
+            shard(module, mesh, self.take_from_first, callback.units, self.reshard_after_forward)
         reshard(module)
-
-    @override
-    def on_attach(self, callback: HiFTCallback) -> None:
-        check_agreement(describe_run(self, callback))
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -186,9 +178,3 @@ class HiFTFSDPStrategy(StateHousing, ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
-
-    def _take_from_first(self, tensor: Tensor) -> None:
-        there = tensor.to(self.root_device).contiguous()
-        dist.broadcast(there, 0)
-        if there.data_ptr() != tensor.data_ptr():
-            tensor.copy_(there)

@@ -35,6 +35,7 @@ FLOORS = [
         "strategy",
         "ddp_strategy",
         "fsdp_strategy",
+        "several_processes",
         "sharding",
         "sharded_checkpoint",
         "agreement",

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoModelForCausalLM
 
-from lightning_hift import HiFTDDPStrategy
+from lightning_hift import HiFTDDPStrategy, HiFTFSDPStrategy
 from tests.models import trainer
 from tests.processes import free_port
 from tests.test_documents import blocks
@@ -75,14 +77,37 @@ def test_two_nodes_and_one_node_with_two_devices_train_the_same(tmp_path: Path) 
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("strategy", [HiFTDDPStrategy, HiFTFSDPStrategy])
 @pytest.mark.parametrize(("devices", "nodes"), [(4, 1), (1, 1), (2, 2)])
 def test_other_devices_than_were_launched_are_refused(
-    devices: int, nodes: int, monkeypatch: pytest.MonkeyPatch
+    devices: int, nodes: int, strategy: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     asked = rf"devices={devices} and num_nodes={nodes}, which makes {devices * nodes} processes"
     with pytest.raises(MisconfigurationException, match=rf"Got {asked}, but torchrun has started 2\. Pass"):
-        trainer(strategy=HiFTDDPStrategy(), devices=devices, num_nodes=nodes)
-    trainer(strategy=HiFTDDPStrategy(), devices=2)
+        trainer(strategy=strategy(), devices=devices, num_nodes=nodes)
+    trainer(strategy=strategy(), devices=2)
+
+
+def test_a_sharded_run_is_consolidated_exported_and_opened(tmp_path: Path) -> None:
+    options = [f"--{key}={value}" for key, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "lightning_hift"]
+    sharded = ["fit", "--config=two_gpus.yaml", "--trainer.strategy=hift_fsdp", "--trainer.precision=bf16-true"]
+    run = start([*command, *sharded, *options], tmp_path / "run")
+    text, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 0, text
+    assert "first sweep done, all" in text
+    (folder,) = (tmp_path / "run").rglob("*.ckpt")
+    for arguments in (
+        ["consolidate", f"--checkpoint={folder}", "--output=one.ckpt"],
+        ["export", "--checkpoint=one.ckpt", "--output=exported"],
+    ):
+        subprocess.run([*command, *arguments], cwd=tmp_path, check=True, timeout=SECONDS)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    assert {f"network.{name}" for name in network.state_dict()} == saved.keys()
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, saved[f"network.{name}"])
