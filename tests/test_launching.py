@@ -95,6 +95,7 @@ def test_a_sharded_run_is_consolidated_exported_and_opened(tmp_path: Path) -> No
     options = [f"--{key}={value}" for key, value in OPTIONS.items()]
     command = [sys.executable, "-m", "lightning_hift"]
     sharded = ["fit", "--config=two_gpus.yaml", "--trainer.strategy=hift_fsdp", "--trainer.precision=bf16-true"]
+    sharded += ["--hift.steps_per_group=2"]
     run = start([*command, *sharded, *options], tmp_path / "run")
     text, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, text
