@@ -17,9 +17,10 @@ from lightning_hift import HFT, LISA, BAdam, HiFTEngine, SelectionPolicy, StateO
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.cli import HiFTCLI
 from lightning_hift.memory import CONTEXT_BYTES
-from lightning_hift.planner.forecast import Setup, forecast
+from lightning_hift.planner.forecast import forecast
 from lightning_hift.planner.plan import Plan, make_plan
 from lightning_hift.planner.report import plot_plan
+from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.network import NetworkSource, build_network
 from tests.lagging import LaggingDevice

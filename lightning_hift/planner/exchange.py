@@ -1,0 +1,113 @@
+"""What devices that share a run exchange in one step: bytes that lie ready for it, and bytes that are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hift.gradient_sync import copied_bytes
+from lightning_hift.grouping import LayerGroup, LayerUnit
+from lightning_hift.planner.setup import Setup
+from lightning_hift.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes of one step on each device; nothing where one device is alone.
+
+    Args:
+        held: The most that is there for the exchange in forward and backward, beside what a device keeps anyway.
+        exchanged: Of the tensors that collective operations work on, each counted whole.
+        sent: Over the links, by algorithms that go round in a ring: (N-1)/N of a tensor that is gathered, scattered or
+            broadcast in parts, twice that of one that is averaged.
+    """
+
+    held: int = 0
+    exchanged: int = 0
+    sent: int = 0
+
+
+def shard_of(tensor: Tensor, setup: Setup) -> Tensor:
+    """What one device keeps of ``tensor``, without memory: all of it, or its share of the rows, rounded up."""
+    shape = list(tensor.shape)
+    if setup.is_sharded and shape:
+        shape[0] = -(-shape[0] // setup.devices)
+    dtype = setup.dtype if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight_bytes(workload: Workload, setup: Setup) -> int:
+    """Weights and buffers on each device; buffers are never sharded."""
+    if not setup.is_sharded:
+        return workload.tensor_bytes(setup.dtype)
+    tensors = list(workload.model.parameters())
+    buffers = workload.tensor_bytes(setup.dtype) - setup.dtype.itemsize * sum(t.numel() for t in tensors)
+    return _shard_bytes(tensors, setup) + buffers
+
+
+def exchange_of(workload: Workload, setup: Setup, group: LayerGroup) -> Exchange:
+    """The exchange of a step in which ``group`` trains, with one micro-batch.
+
+    Args:
+        workload: The model.
+        setup: With its strategy and devices.
+        group: All that trains at once, but for what is always active.
+    """
+    if setup.devices == 1:
+        return Exchange()
+    trained = [*group.units, *workload.always_active]
+    return _sharded(workload, setup, trained, group) if setup.is_sharded else _replicated(setup, trained)
+
+
+def _replicated(setup: Setup, trained: Sequence[LayerUnit]) -> Exchange:
+    """Gradients are averaged, in flat copies where they are small; new weights come from whom they were stepped by."""
+    gradients = [shard_of(p, setup) for p in _parameters(trained)]
+    averaged = sum(t.nbytes for t in gradients)
+    broadcast = averaged if setup.partition_state else 0
+    return Exchange(copied_bytes(gradients), averaged + broadcast, _ring(setup, 2 * averaged + broadcast))
+
+
+def _sharded(workload: Workload, setup: Setup, trained: Sequence[LayerUnit], group: LayerGroup) -> Exchange:
+    """Weights are gathered unit by unit, and gradients of a unit are summed up and scattered.
+
+    Blocks are units of FSDP2. All else is its root, which stays whole from the forward to the end of the backward pass;
+    a block does not, and is gathered again where the backward pass comes to it. While one block computes, the next one
+    is gathered.
+    """
+    blocks = {unit: _beneath(workload.model, unit) for unit in workload.block_units}
+    inside = {id(p) for parameters in blocks.values() for p in parameters}
+    whole = {unit: _gathered_bytes(parameters, setup) for unit, parameters in blocks.items()}
+    root = _gathered_bytes((p for p in workload.model.parameters() if id(p) not in inside), setup)
+    gradients = {unit: _gathered_bytes(unit.parameters.values(), setup) for unit in trained}
+    being_reduced = sum(n for unit, n in gradients.items() if unit not in blocks)
+    being_reduced += max((n for unit, n in gradients.items() if unit in blocks), default=0)
+    gathered = root + sum(whole.values()) + sum(whole.get(unit, 0) for unit in workload.crossed(group))
+    exchanged = gathered + sum(gradients.values())
+    two_blocks = sum(sorted(whole.values(), reverse=True)[:2])
+    return Exchange(root + two_blocks + being_reduced, exchanged, _ring(setup, exchanged))
+
+
+def _ring(setup: Setup, nbytes: int) -> int:
+    return round(nbytes * (setup.devices - 1) / setup.devices)
+
+
+def _gathered_bytes(parameters: Iterable[Tensor], setup: Setup) -> int:
+    """Of whole tensors as they are gathered or scattered: with rows rounded up to a multiple of the devices."""
+    return _shard_bytes(parameters, setup) * setup.devices
+
+
+def _shard_bytes(parameters: Iterable[Tensor], setup: Setup) -> int:
+    return sum(shard_of(p, setup).nbytes for p in parameters)
+
+
+def _parameters(units: Iterable[LayerUnit]) -> list[nn.Parameter]:
+    return [p for unit in units for p in unit.parameters.values()]
+
+
+def _beneath(model: nn.Module, unit: LayerUnit) -> list[nn.Parameter]:
+    """All parameters of a unit's modules, frozen ones included."""
+    starts = tuple(f"{path}." for path in unit.modules)
+    return [p for name, p in model.named_parameters() if name in unit.modules or name.startswith(starts)]
