@@ -244,8 +244,9 @@ def _plan_for_devices(options: Any) -> None:
     name = strategy if isinstance(strategy, str) else getattr(_kind_of(strategy), "strategy_name", None)
     if options["strategy"] is None and (name == _FSDP or (options["devices"] is None and per_host > 1)):
         options["strategy"] = name
-    options["hosts"] = trainer["num_nodes"] if options["hosts"] is None else options["hosts"]
-    options["devices"] = per_host * options["hosts"] if options["devices"] is None else options["devices"]
+    if options["devices"] is None:
+        options["hosts"] = trainer["num_nodes"] if options["hosts"] is None else options["hosts"]
+        options["devices"] = per_host * options["hosts"]
 
 
 def _device_count(devices: Any) -> int:

@@ -88,7 +88,7 @@ class HiFTTrainer(pl.Trainer):
             report: File for the plan in Markdown.
             strategy: How several devices share the run, hift_ddp or hift_fsdp; default: as the Trainer's, or hift_ddp.
             devices: In all, on all hosts; default: those of the Trainer, or 1 where it takes what it finds.
-            hosts: With as many devices each; default: the Trainer's num_nodes.
+            hosts: With as many devices each; default: the Trainer's num_nodes, or 1 beside devices.
             partition_state: With hift_ddp, share the optimizer state among the devices; default: as the strategy does.
 
         Raises:

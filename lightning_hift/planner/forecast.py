@@ -155,9 +155,13 @@ def _bytes_of(workload: Workload, setup: Setup, part: LayerGroup | LayerUnit) ->
     whole = group_bytes(part.name, shards, found, masters, setup.dtype, setup.max_group_numel)
     if not setup.partition_state:
         return whole
-    numel, state, masters = (_share(n, 1, setup.devices) for n in (whole.numel, whole.state, whole.masters))
-    sliced = min(1.0, whole.sliced * setup.devices)
-    return GroupBytes(part.name, numel, whole.gradients, state, masters, sliced)
+    return replace(
+        whole,
+        numel=_share(whole.numel, 1, setup.devices),
+        state=_share(whole.state, 1, setup.devices),
+        masters=_share(whole.masters, 1, setup.devices),
+        sliced=min(1.0, whole.sliced * setup.devices),
+    )
 
 
 def _share(nbytes: int, part: int, whole: int) -> int:

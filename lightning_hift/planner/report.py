@@ -23,8 +23,8 @@ _COLOURS = {
 }
 # By whether weights are sharded.
 _EXCHANGES = {
-    False: "Exchange: copies of small gradients, which are averaged together. Sent: by each device, in a ring, for one"
-    " micro-batch.\nA host keeps the state of all its processes.",
+    False: "Exchange: copies of small gradients, which are averaged together. Sent: by each device, in a ring. A host"
+    " keeps the state\nof all its processes.",
     True: "Exchange: whole weights of two blocks and of all that is in no block, and whole gradients before they are"
     " scattered. Sent:\nby each device, in a ring, for one micro-batch. A host keeps the shards of all its processes.",
 }
@@ -107,7 +107,10 @@ def _sums(plan: Plan) -> str:
         ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
         [f"{each}host", format_bytes(plan.forecast.host_bytes)],
         [f"{each}disk", format_bytes(plan.forecast.disk_bytes)],
-        [f"{each and 'on each host '}written per 1000 steps" + ("" if on_disk else " if it were on disk"), written],
+        [
+            "written per 1000 steps" + (" on each host" if each else "") + ("" if on_disk else " if it were on disk"),
+            written,
+        ],
     ]
     if _is_shared(plan):
         rows.append(["tensors exchanged per step (mean of a sweep)", format_bytes(plan.mean_exchanged)])
@@ -117,8 +120,8 @@ def _sums(plan: Plan) -> str:
         f"Transfers go both ways at once, each at {plan.link / 1e9:g} GB/s. They are hidden behind a step of as many"
         f" tokens as the last column says, at\n{plan.sustained_flops / 1e12:g} TFLOP/s and"
         f" {plan.mean_flops_per_token / 1e9:.3g} GFLOP per token (mean of a sweep). The peak is what the driver holds"
-        f" plus the larger of two sums:\nthe {kinds} kinds (activations: what they need beyond the gradients), or all that"
-        " is there at the optimizer step."
+        f" plus the larger of two sums:\nthe {kinds} kinds (activations: what they need beyond the gradients), or all"
+        " that is there at the optimizer step."
     )
     if _is_shared(plan):
         rule += "\n" + _EXCHANGES[plan.forecast.setup.is_sharded]
@@ -154,17 +157,15 @@ def _verdict(plan: Plan) -> str:
         return ""
     if plan.fits:
         return f"Fits {room}." if plan.forecast.is_complete else f"Fits {room} without its activations, not known here."
-    needs = (
-        f"{format_bytes(plan.forecast.peak)} on {the} device and {format_bytes(plan.forecast.host_bytes)} on {the} host"
-    )
+    asked, found = plan.forecast, plan.proposal
+    needs = f"{format_bytes(asked.peak)} on {the} device and {format_bytes(asked.host_bytes)} on {the} host"
     verdict = f"Does not fit {room}: it needs {needs}."
-    if plan.proposal is not None:
-        found = plan.proposal
+    if found is not None:
         changes = ", ".join(f"{name}={_value(name, getattr(found.setup, name))}" for name in plan.changed)
         sent = f", sending at most {format_bytes(found.most_sent)} per step" if _is_shared(plan) else ""
         return (
-            f"{verdict}\nThis fits, with {format_bytes(found.peak)} on {the} device, {format_bytes(found.host_bytes)} on"
-            f" {the} host and {format_bytes(found.disk_bytes)} on {the} disk{sent}: {changes}."
+            f"{verdict}\nThis fits, with {format_bytes(found.peak)} on {the} device, {format_bytes(found.host_bytes)}"
+            f" on {the} host and {format_bytes(found.disk_bytes)} on {the} disk{sent}: {changes}."
         )
     assert plan.smallest is not None
     return (
