@@ -96,7 +96,8 @@ def _groups(plan: Plan) -> str:
 
 def _sums(plan: Plan) -> str:
     overhead = next(iter(plan.forecast.groups.values())).overhead
-    on_disk = plan.forecast.setup.offload == "disk"
+    where = " on each host" if _is_shared(plan) else ""
+    where += "" if plan.forecast.setup.offload == "disk" else " if it were on disk"
     written = f"{plan.written_per_1000_steps / 1e12:.2f} TB"
     each = "each " if _is_shared(plan) else ""
     rows = [
@@ -107,10 +108,7 @@ def _sums(plan: Plan) -> str:
         ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
         [f"{each}host", format_bytes(plan.forecast.host_bytes)],
         [f"{each}disk", format_bytes(plan.forecast.disk_bytes)],
-        [
-            "written per 1000 steps" + (" on each host" if each else "") + ("" if on_disk else " if it were on disk"),
-            written,
-        ],
+        [f"written per 1000 steps{where}", written],
     ]
     if _is_shared(plan):
         rows.append(["tensors exchanged per step (mean of a sweep)", format_bytes(plan.mean_exchanged)])
