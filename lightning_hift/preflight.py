@@ -130,8 +130,8 @@ def _check_disk(
             " free. Free some space, name another offload_directory, or use an optimizer with 8-bit state."
         )
     return (
-        f"HiFT: optimizer state{of_all} takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free); 1,000"
-        f" steps write about {format_bytes(1000 * total * moved_per_step)} to it."
+        f"HiFT: optimizer state{of_all} takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free);"
+        f" 1,000 steps write about {format_bytes(1000 * total * moved_per_step)} to it."
     )
 
 

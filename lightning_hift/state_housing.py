@@ -185,7 +185,7 @@ class StateHousing(Strategy):
             offload=self.offload,
             directory=self.offload_directory,
             policy=callback.policy,
-            processes_per_host=getattr(self, "num_processes", 1),  # of strategies for several devices
+            processes_per_host=getattr(self, "num_processes", 1) or 1,  # of strategies for several devices
             **{key: value for key, value in self.engine_options.items() if key != "make_offloader"},
         )
         if told is not None:

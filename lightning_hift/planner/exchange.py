@@ -20,12 +20,14 @@ class Exchange:
 
     Args:
         held: The most that is there for the exchange in forward and backward, beside what a device keeps anyway.
+        at_step: Likewise at the optimizer step, at most: copies of small new weights.
         exchanged: Of the tensors that collective operations work on, each counted whole.
         sent: Over the links, by algorithms that go round in a ring: (N-1)/N of a tensor that is gathered, scattered or
             broadcast in parts, twice that of one that is averaged.
     """
 
     held: int = 0
+    at_step: int = 0
     exchanged: int = 0
     sent: int = 0
 
@@ -66,8 +68,10 @@ def _replicated(setup: Setup, trained: Sequence[LayerUnit]) -> Exchange:
     """Gradients are averaged, in flat copies where they are small; new weights come from whom they were stepped by."""
     gradients = [shard_of(p, setup) for p in _parameters(trained)]
     averaged = sum(t.nbytes for t in gradients)
-    broadcast = averaged if setup.partition_state else 0
-    return Exchange(copied_bytes(gradients), averaged + broadcast, _ring(setup, 2 * averaged + broadcast))
+    copied = copied_bytes(gradients)
+    if not setup.partition_state:
+        return Exchange(copied, 0, averaged, _ring(setup, 2 * averaged))
+    return Exchange(copied, copied, 2 * averaged, _ring(setup, 3 * averaged))
 
 
 def _sharded(workload: Workload, setup: Setup, trained: Sequence[LayerUnit], group: LayerGroup) -> Exchange:
@@ -87,7 +91,7 @@ def _sharded(workload: Workload, setup: Setup, trained: Sequence[LayerUnit], gro
     gathered = root + sum(whole.values()) + sum(whole.get(unit, 0) for unit in workload.crossed(group))
     exchanged = gathered + sum(gradients.values())
     two_blocks = sum(sorted(whole.values(), reverse=True)[:2])
-    return Exchange(root + two_blocks + being_reduced, exchanged, _ring(setup, exchanged))
+    return Exchange(root + two_blocks + being_reduced, 0, exchanged, _ring(setup, exchanged))
 
 
 def _ring(setup: Setup, nbytes: int) -> int:

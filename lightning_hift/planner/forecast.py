@@ -14,7 +14,8 @@ from lightning_hift.memory import (
     StateBytes,
     group_bytes,
 )
-from lightning_hift.planner.exchange import exchange_of, shard_of, weight_bytes
+from lightning_hift.planner.exchange import Exchange, exchange_of, shard_of, weight_bytes
+from lightning_hift.planner.partition import Division, divide
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.table import format_bytes
@@ -40,6 +41,7 @@ class GroupPlan:
         overhead: What the driver holds; assumed.
         traffic: Bytes of state and masters that are fetched before the step, and as many released after it.
         flops_per_token: Multiplications and additions of its step.
+        host_traffic: As ``traffic``, of all processes of a host.
         exchanged: See ``Exchange``.
         sent: See ``Exchange``.
     """
@@ -56,8 +58,9 @@ class GroupPlan:
     overhead: int
     traffic: int
     flops_per_token: int
-    exchanged: int = 0
-    sent: int = 0
+    host_traffic: int
+    exchanged: int
+    sent: int
 
     @property
     def compute(self) -> int:
@@ -110,8 +113,7 @@ def forecast(workload: Workload, setup: Setup, name: str = "", every_group: bool
     """
     groups = workload.groups(setup.group_size)
     joined = workload.trained_groups(setup.group_size)
-    parts = [_bytes_of(workload, setup, group) for group in groups]
-    fixed = [_bytes_of(workload, setup, unit) for unit in workload.always_active]
+    processes = _bytes_by_process(workload, setup, groups)
     needs = _needs_within_budget(workload, setup, every_group)
     chosen = range(len(groups)) if needs is None else needs
     planned = {
@@ -120,17 +122,57 @@ def forecast(workload: Workload, setup: Setup, name: str = "", every_group: bool
             setup,
             [groups[i] for i in workload.trained_with(groups, i)],
             joined[i],
-            parts,
-            fixed,
+            processes,
             needs[i] if needs is not None else None,
         )
         for i in chosen
     }
-    offloaded = _kept_state(workload, parts) + sum(part.masters for part in parts)
-    counters = sum(state.host for state in workload.state(setup.stepped_dtype).values())
+    offloaded = _most_on_a_host(setup, [_kept_state(workload, p.groups) + p.masters for p in processes])
+    counters = setup.processes_per_host * sum(state.host for state in workload.state(setup.stepped_dtype).values())
     host, disk = {"host": (offloaded, 0), "disk": (0, offloaded), "none": (0, 0)}[setup.offload]
-    processes = setup.processes_per_host
-    return Forecast(name, setup, planned, processes * (host + counters), processes * disk)
+    return Forecast(name, setup, planned, host + counters, disk)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """What one process keeps of each layer group, and of what is always active."""
+
+    groups: Sequence[GroupBytes]
+    fixed: Sequence[GroupBytes]
+
+    @property
+    def masters(self) -> int:
+        """Of all groups."""
+        return sum(part.masters for part in self.groups)
+
+
+def _bytes_by_process(workload: Workload, setup: Setup, groups: Sequence[LayerGroup]) -> list[_Process]:
+    """In the order of the ranks; a single one where all keep as much."""
+    whole = [_bytes_of(workload, setup, group) for group in groups]
+    fixed = [_bytes_of(workload, setup, unit) for unit in workload.always_active]
+    if setup.devices == 1 or not setup.partition_state:
+        return [_Process(whole, fixed)]
+    divided = divide(
+        [[p for unit in group.units for p in unit.parameters.values()] for group in groups],
+        setup.devices,
+        setup.max_group_numel,
+    )
+    # The engine divides what is always active after all groups. Here each process has as much of it.
+    even = [Division(*[(-(-part.numel // setup.devices),) * setup.devices] * 2) for part in fixed]
+    return [
+        _Process(
+            [division.part_of(part, rank) for division, part in zip(divided, whole, strict=True)],
+            [division.part_of(part, rank) for division, part in zip(even, fixed, strict=True)],
+        )
+        for rank in range(setup.devices)
+    ]
+
+
+def _most_on_a_host(setup: Setup, by_process: Sequence[int]) -> int:
+    """The largest sum of the processes of one host; of one number, all processes have as much."""
+    every = list(by_process) * (setup.devices // len(by_process))
+    count = setup.processes_per_host
+    return max(sum(every[first : first + count]) for first in range(0, setup.devices, count))
 
 
 def _kept_state(workload: Workload, parts: Sequence[GroupBytes]) -> int:
@@ -140,7 +182,7 @@ def _kept_state(workload: Workload, parts: Sequence[GroupBytes]) -> int:
 
 
 def _bytes_of(workload: Workload, setup: Setup, part: LayerGroup | LayerUnit) -> GroupBytes:
-    """Of what one process keeps; ``numel`` counts the elements that it steps."""
+    """Of what each process keeps, or all of them divide; ``numel`` counts the elements of its shards."""
     states = workload.state(setup.stepped_dtype)
     parameters = list(part.parameters.values())
     found = [states.get(p, StateBytes()) for p in parameters]
@@ -149,23 +191,10 @@ def _bytes_of(workload: Workload, setup: Setup, part: LayerGroup | LayerUnit) ->
     masters = resolve_master_weights(setup.master_weights, {setup.dtype})
     shards = [shard_of(p, setup) for p in parameters]
     found = [
-        replace(state, device=_share(state.device, shard.numel(), p.numel()))
+        replace(state, device=-(-state.device * shard.numel() // max(1, p.numel())))
         for state, shard, p in zip(found, shards, parameters, strict=True)
     ]
-    whole = group_bytes(part.name, shards, found, masters, setup.dtype, setup.max_group_numel)
-    if not setup.partition_state:
-        return whole
-    return replace(
-        whole,
-        numel=_share(whole.numel, 1, setup.devices),
-        state=_share(whole.state, 1, setup.devices),
-        masters=_share(whole.masters, 1, setup.devices),
-        sliced=min(1.0, whole.sliced * setup.devices),
-    )
-
-
-def _share(nbytes: int, part: int, whole: int) -> int:
-    return -(-nbytes * part // whole) if whole else 0
+    return group_bytes(part.name, shards, found, masters, setup.dtype, setup.max_group_numel)
 
 
 def _group_plan(
@@ -173,19 +202,35 @@ def _group_plan(
     setup: Setup,
     trained: Sequence[LayerGroup],
     joined: LayerGroup,
-    parts: Sequence[GroupBytes],
-    fixed: Sequence[GroupBytes],
+    processes: Sequence[_Process],
     needs: Needs | None,
 ) -> GroupPlan:
-    """The plan for the first of the ``trained`` groups; ``joined`` holds all of them."""
+    """The plan for the first of the ``trained`` groups, on the device that needs most; ``joined`` holds all of them."""
+    exchange = exchange_of(workload, setup, joined)
+    found = [_device_plan(workload, setup, trained, joined, each, exchange, needs) for each in processes]
+    traffic = [plan.traffic for plan in found]
+    return replace(
+        max(found, key=lambda plan: plan.peak), traffic=max(traffic), host_traffic=_most_on_a_host(setup, traffic)
+    )
+
+
+def _device_plan(
+    workload: Workload,
+    setup: Setup,
+    trained: Sequence[LayerGroup],
+    joined: LayerGroup,
+    process: _Process,
+    exchange: Exchange,
+    needs: Needs | None,
+) -> GroupPlan:
+    parts, fixed = process.groups, process.fixed
     own = [parts[group.index] for group in trained]
     weights = weight_bytes(workload, setup)
-    exchange = exchange_of(workload, setup, joined)
     gradients = sum(part.gradients for part in (*own, *fixed))
     state, masters = sum(part.state for part in fixed), sum(part.masters for part in fixed)
     if setup.offload == "none":
         state += _kept_state(workload, parts)
-        masters += sum(part.masters for part in parts)
+        masters += process.masters
         at_step = 0
     else:
         slot = max(parts, key=lambda part: part.slot)
@@ -207,10 +252,12 @@ def _group_plan(
         + state
         + masters
         + at_step
+        + exchange.at_step
         + max(_at_step(workload, setup, group, parts[group.index], fixed) for group in trained),
         CONTEXT_BYTES,
         0 if setup.offload == "none" else sum(part.state + part.masters for part in own),
         workload.flops_per_token(joined, setup.activation_budget is not None),
+        0,
         exchange.exchanged,
         exchange.sent,
     )
@@ -219,10 +266,14 @@ def _group_plan(
 def _at_step(workload: Workload, setup: Setup, group: LayerGroup, own: GroupBytes, fixed: Sequence[GroupBytes]) -> int:
     """Bytes that exist during the optimizer step only: temporaries, and one group's values in 32 bits."""
     parameters = [p for unit in (*group.units, *workload.always_active) for p in unit.parameters.values()]
-    temporary = workload.transient(parameters, setup.stepped_dtype) * own.sliced / setup.state_parts
+    stepped = own.numel / group.numel if group.numel else 1.0
+    temporary = workload.transient(parameters, setup.stepped_dtype) * stepped * own.sliced
     largest = max(part.numel * part.sliced for part in (own, *fixed))
+    is_cut = setup.max_group_numel is not None and group.numel > setup.max_group_numel
+    # Whole gradients are clipped in all processes, whoever steps them.
+    clipped = max(largest, group.numel) if setup.partition_state and not is_cut else largest
     # The gradients of one group at a time and, unless it is kept as a whole, its master.
-    casts = {"none": 0, "full": 4, "split": 8}[setup.master_weights] * largest
+    casts = {"none": 0, "full": 4 * clipped, "split": 4 * (clipped + largest)}[setup.master_weights]
     return round(temporary + casts)
 
 

@@ -87,8 +87,7 @@ class Plan:
     def written_per_1000_steps(self) -> float:
         """Bytes that 1000 steps write on each host, to the disk if the state is there: each releases one group's."""
         groups = self.forecast.groups.values()
-        written = 1000 * sum(group.traffic for group in groups) / len(groups)
-        return written * self.forecast.setup.processes_per_host
+        return 1000 * sum(group.host_traffic for group in groups) / len(groups)
 
     def __str__(self) -> str:
         from lightning_hift.planner.report import format_plan

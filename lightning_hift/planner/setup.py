@@ -33,8 +33,8 @@ class Setup:
             weights, gradients, state and masters. ``"hift"`` is for one device; on one, all three are planned alike.
         devices: In all, on all hosts, with a process for each.
         hosts: That share them, as many each.
-        partition_state: With ``"hift_ddp"``: each device keeps and steps its share of every group's state and masters,
-            and the weights are broadcast.
+        partition_state: With ``"hift_ddp"``: the devices divide state and masters, tensor by tensor or slice by slice;
+            each steps what it keeps, and broadcasts the new weights.
 
     Raises:
         ValueError: One of them is out of range, or they do not go together.
@@ -97,11 +97,6 @@ class Setup:
     def is_sharded(self) -> bool:
         """Whether each device holds a part of the weights only."""
         return self.strategy == "hift_fsdp" and self.devices > 1
-
-    @property
-    def state_parts(self) -> int:
-        """Into how many parts the state and the masters of a group are divided, one for each process that has some."""
-        return self.devices if self.is_sharded or self.partition_state else 1
 
     @property
     def dtype(self) -> torch.dtype:
