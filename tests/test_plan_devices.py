@@ -196,7 +196,7 @@ def test_adapters_are_sharded_with_the_blocks_they_are_in() -> None:
     model = language_model("llama", LLAMA)
     for name, p in model.named_parameters():
         p.requires_grad_("self_attn.q_proj" in name)
-    workload = Workload(model, lambda ps: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    workload = Workload(model, lambda parameters: torch.optim.AdamW([p for p in parameters if p.requires_grad]))
     assert len(workload.groups(1)) == 4
     setup = Setup(precision="bf16-true", batch_size=1, sequence_length=8, strategy="hift_fsdp", devices=2)
     found = forecast(workload, setup, every_group=True).groups[0]
@@ -223,7 +223,7 @@ def test_state_is_divided_first_and_everything_next() -> None:
     assert everything.proposal is not None
     assert everything.proposal.setup.strategy == "hift_fsdp"
     assert "strategy=hift_fsdp" in str(everything)
-    assert f"on each device and {10 * (2**16 * 32 + 4 * BLOCK + 32) / MIB:.2f} MiB on each host" in str(everything)
+    assert f"on each device, {10 * (2**16 * 32 + 4 * BLOCK + 32) / MIB:.2f} MiB on each host" in str(everything)
 
 
 def test_a_proposal_of_sharding_is_taken_back_where_something_else_helped() -> None:
