@@ -34,11 +34,9 @@ class Exchange:
 
 def shard_of(tensor: Tensor, setup: Setup) -> Tensor:
     """What one device keeps of ``tensor``, without memory: all of it, or its share of the rows, rounded up."""
-    shape = list(tensor.shape)
-    if setup.is_sharded and shape:
-        shape[0] = -(-shape[0] // setup.devices)
+    rows = [_shard_rows(tensor, setup)] if tensor.ndim else []
     dtype = setup.dtype if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(*rows, *tensor.shape[1:], dtype=dtype, device="meta")
 
 
 def weight_bytes(workload: Workload, setup: Setup) -> int:
@@ -81,7 +79,7 @@ def _sharded(workload: Workload, setup: Setup, trained: Sequence[LayerUnit], gro
     a block does not, and is gathered again where the backward pass comes to it. While one block computes, the next one
     is gathered.
     """
-    blocks = {unit: _beneath(workload.model, unit) for unit in workload.block_units}
+    blocks = workload.block_parameters
     inside = {id(p) for parameters in blocks.values() for p in parameters}
     whole = {unit: _gathered_bytes(parameters, setup) for unit, parameters in blocks.items()}
     root = _gathered_bytes((p for p in workload.model.parameters() if id(p) not in inside), setup)
@@ -104,14 +102,14 @@ def _gathered_bytes(parameters: Iterable[Tensor], setup: Setup) -> int:
 
 
 def _shard_bytes(parameters: Iterable[Tensor], setup: Setup) -> int:
-    return sum(shard_of(p, setup).nbytes for p in parameters)
+    rows = ((p, _shard_rows(p, setup)) for p in parameters)
+    return setup.dtype.itemsize * sum(n * (p.numel() // len(p)) if p.ndim and len(p) else p.numel() for p, n in rows)
+
+
+def _shard_rows(tensor: Tensor, setup: Setup) -> int:
+    rows = len(tensor) if tensor.ndim else 1
+    return -(-rows // setup.devices) if setup.is_sharded else rows
 
 
 def _parameters(units: Iterable[LayerUnit]) -> list[nn.Parameter]:
     return [p for unit in units for p in unit.parameters.values()]
-
-
-def _beneath(model: nn.Module, unit: LayerUnit) -> list[nn.Parameter]:
-    """All parameters of a unit's modules, frozen ones included."""
-    starts = tuple(f"{path}." for path in unit.modules)
-    return [p for name, p in model.named_parameters() if name in unit.modules or name.startswith(starts)]

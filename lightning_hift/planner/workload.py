@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, cast
 
@@ -216,11 +217,21 @@ class Workload:
         rehearsal = self._rehearsals[precision, checkpointed]
         return rehearsal.run(active, lambda model: compute(model, batch, length), keep_gradients)
 
-    @property
+    @cached_property
     def block_units(self) -> list[LayerUnit]:
         """The blocks: units with parameters of the same shapes as another one's."""
         count = Counter(map(_shapes, self.units))
         return [unit for unit in self.units if count[_shapes(unit)] > 1]
+
+    @cached_property
+    def block_parameters(self) -> dict[LayerUnit, list[nn.Parameter]]:
+        """All parameters of each block's modules, frozen ones included."""
+        named = dict(self.model.named_parameters())
+        inside = {unit: (unit.modules, tuple(f"{path}." for path in unit.modules)) for unit in self.block_units}
+        return {
+            unit: [p for name, p in named.items() if name in paths or name.startswith(starts)]
+            for unit, (paths, starts) in inside.items()
+        }
 
     @property
     def blocks(self) -> list[str]:
