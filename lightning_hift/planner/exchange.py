@@ -36,7 +36,7 @@ def shard_of(tensor: Tensor, setup: Setup) -> Tensor:
     """What one device keeps of ``tensor``, without memory: all of it, or its share of the rows, rounded up."""
     rows = [_shard_rows(tensor, setup)] if tensor.ndim else []
     dtype = setup.dtype if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(*rows, *tensor.shape[1:], dtype=dtype, device="meta")
+    return torch.empty((*rows, *tensor.shape[1:]), dtype=dtype, device="meta")
 
 
 def weight_bytes(workload: Workload, setup: Setup) -> int:
