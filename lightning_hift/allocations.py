@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +100,15 @@ class Rehearsal:
         for path in checkpointed:
             _run_checkpointed(self._copy.get_submodule(path))
 
-    def run(self, active: Iterable[nn.Parameter], compute_loss: Callable[[Any], Tensor]) -> Needs:
+    def run(
+        self, active: Iterable[nn.Parameter], compute_loss: Callable[[Any], Tensor], keep_gradients: bool = True
+    ) -> Needs:
         """What forward and backward need on top of the weights.
 
         Args:
             active: Parameters of the original model that train.
             compute_loss: Maps the copy of the model to its loss, a scalar, on fake tensors on the device "cpu".
+            keep_gradients: Without, each gradient is dropped as soon as it is ready.
         """
         trained = {id(self._twins[id(p)]) for p in active}
         for p in self._copy.parameters():
@@ -120,7 +123,10 @@ class Rehearsal:
             with casts:
                 loss = compute_loss(self._copy)
             saved = tracker.current
+            hooks = [] if keep_gradients else [_drop_gradient_of(p) for p in self._copy.parameters() if p.requires_grad]
             loss.backward()  # type: ignore[no-untyped-call]
+        for hook in hooks:
+            hook.remove()
         for p in self._copy.parameters():
             p.grad = None
         return Needs(saved, tracker.peak)
@@ -147,6 +153,13 @@ def copy_without_memory(
             twins[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     memo: dict[int, Any] = dict(twins)
     return copy.deepcopy(model, memo), twins
+
+
+def _drop_gradient_of(parameter: nn.Parameter) -> Any:
+    def drop(p: nn.Parameter) -> None:
+        p.grad = None
+
+    return cast(Any, parameter).register_post_accumulate_grad_hook(drop)
 
 
 def _run_checkpointed(module: nn.Module) -> None:

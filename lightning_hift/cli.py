@@ -177,7 +177,9 @@ class HiFTCLI(LightningCLI):
         super().before_instantiate_classes()
         if self.subcommand in _WITHOUT_A_RUN:
             options = self.config[self.subcommand]["trainer"]
-            options["accelerator"], options["devices"], options["logger"] = "cpu", 1, False
+            if self.subcommand == "plan":
+                _plan_for_devices(self.config["plan"])
+            options["accelerator"], options["devices"], options["num_nodes"], options["logger"] = "cpu", 1, 1, False
 
     def groups(self, **kwargs: Any) -> None:
         """Run the subcommand ``groups``; what does not fit the model ends in a short message."""
@@ -236,6 +238,27 @@ def _kind_of(strategy: Any) -> type[StateHousing] | None:
     """Which of ours is meant by a name or a class path, if any."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "").rpartition(".")[2]
     return next((kind for kind in _STRATEGIES if name in (kind.strategy_name, kind.__name__)), None)
+
+
+def _plan_for_devices(options: Any) -> None:
+    """Have ``plan`` take devices and strategy from the configuration of a Trainer that will be made for one CPU."""
+    trainer = options["trainer"]
+    per_host, strategy = _device_count(trainer["devices"]), trainer["strategy"]
+    name = strategy if isinstance(strategy, str) else getattr(_kind_of(strategy), "strategy_name", None)
+    if options["strategy"] is None and (
+        name == HiFTFSDPStrategy.strategy_name or (options["devices"] is None and per_host > 1)
+    ):
+        options["strategy"] = name
+    if options["devices"] is None:
+        options["hosts"] = trainer["num_nodes"] if options["hosts"] is None else options["hosts"]
+        options["devices"] = per_host * options["hosts"]
+
+
+def _device_count(devices: Any) -> int:
+    """How many on a host are meant by a Trainer's ``devices``; 1 if it is for the host to say."""
+    if isinstance(devices, str):
+        devices = devices.split(",") if "," in devices else int(devices) if devices.isdigit() else 1
+    return len(devices) if isinstance(devices, list) else max(1, devices)
 
 
 def _make_callback(policy: Any, **arguments: Any) -> HiFTCallback:

@@ -64,14 +64,8 @@ class GradientSync:
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients of ``parameters`` are averaged from now on: those that train at this step, in any order."""
-        self._buckets, self._bucket_of = [], {}
-        for p in reversed(parameters):  # about as they become ready
-            last = self._buckets[-1] if self._buckets else None
-            if last is None or _is_full(last, p, self._bucket_bytes):
-                self._buckets.append(last := _Bucket([]))
-            last.parameters.append(p)
-            last.nbytes += p.nbytes
-            self._bucket_of[p] = last
+        self._buckets = _in_buckets(parameters, self._bucket_bytes)
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self.sent_bytes = 0
 
     @contextmanager
@@ -157,6 +151,26 @@ class GradientSync:
                     p.grad = part.view_as(p).clone()
         for bucket in self._queue:
             bucket.sent = bucket.work = None
+
+
+def copied_bytes(gradients: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES) -> int:
+    """Bytes of the copies that are sent, until the backward pass has ended: of all gradients that share a bucket.
+
+    Args:
+        gradients: Or tensors of their shapes and dtypes, such as those on "meta", in the order of the parameters.
+        bucket_bytes: See ``GradientSync``.
+    """
+    return sum(b.nbytes for b in _in_buckets(gradients, bucket_bytes) if len(b.parameters) > 1)
+
+
+def _in_buckets(parameters: Sequence[Any], most: int) -> list[_Bucket]:
+    buckets: list[_Bucket] = []
+    for p in reversed(parameters):  # about as they become ready
+        if not buckets or _is_full(buckets[-1], p, most):
+            buckets.append(_Bucket([]))
+        buckets[-1].parameters.append(p)
+        buckets[-1].nbytes += p.nbytes
+    return buckets
 
 
 def _is_full(bucket: _Bucket, p: nn.Parameter, most: int) -> bool:

@@ -114,6 +114,7 @@ def check_memory(
     offload: str = "host",
     overhead: int = CONTEXT_BYTES,
     resets: bool = False,
+    processes: int = 1,
 ) -> None:
     """Refuse a run that cannot fit, whatever the batch: activations are not counted. Arithmetic only.
 
@@ -126,6 +127,7 @@ def check_memory(
         offload: ``"host"``, ``"disk"`` or ``"none"``.
         overhead: Bytes on the device that are no tensors.
         resets: Whether the state of a group is dropped when it stops training.
+        processes: That keep as much each in the memory of the host; a device is that of one.
 
     Raises:
         RuntimeError: It does not fit; with the sum, line by line, and what would help.
@@ -146,14 +148,15 @@ def check_memory(
     if device_memory is not None and sum(lines.values()) > device_memory:
         remedy = "Use a smaller group_size, max_group_numel, precision='bf16-true', offload='host', or a larger device."
         raise RuntimeError(_does_not_fit("the device", lines, device_memory, remedy))
+    of_all = f", in {processes} processes" if processes > 1 else ""
+    kept = max(g.state for g in groups) if resets else sum(g.state for g in groups)
     lines = {
-        "optimizer state of one group" if resets else "optimizer state of all groups": (
-            max(g.state for g in groups) if resets else sum(g.state for g in groups)
-        ),
-        "masters of all groups": sum(g.masters for g in groups),
+        f"optimizer state of {'one group' if resets else 'all groups'}{of_all}": processes * kept,
+        f"masters of all groups{of_all}": processes * sum(g.masters for g in groups),
     }
     if offload == "host" and host_memory is not None and sum(lines.values()) > host_memory:
-        remedy = "Use offload='disk', master_weights='split', an optimizer with 8-bit state, or frozen=[...]."
+        fewer = ", or fewer processes on this host" if processes > 1 else ""
+        remedy = f"Use offload='disk', master_weights='split', an optimizer with 8-bit state, or frozen=[...]{fewer}."
         raise RuntimeError(_does_not_fit("the host", lines, host_memory, remedy))
 
 

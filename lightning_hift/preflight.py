@@ -41,6 +41,7 @@ def check_before_run(
     max_group_numel: int | None = None,
     policy: SelectionPolicy | None = None,
     processes: int = 1,
+    processes_per_host: int = 1,
 ) -> str | None:
     """Refuse a run that cannot fit on its device, host or disk.
 
@@ -56,6 +57,7 @@ def check_before_run(
         max_group_numel: See ``HiFTEngine``.
         policy: Which groups train when; default: HiFT's.
         processes: Among how many the state is divided.
+        processes_per_host: That keep as much as this one, each, in the same host memory and on the same disk.
 
     Returns:
         For ``"disk"``, what the run will do to it. ``None`` otherwise, or where the state cannot be foretold.
@@ -78,7 +80,8 @@ def check_before_run(
         rotating,
         fixed,
         device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        host_memory=None if free is None else free + leaving,
+        host_memory=None if free is None else free + processes_per_host * leaving,
+        processes=processes_per_host,
         offload=offload,
         overhead=0,
         resets=policy is not None and policy.state_handling == "reset",
@@ -86,7 +89,7 @@ def check_before_run(
     if directory is None:
         return None
     moves = [_moved_per_step(policy or SweepSchedule(), groups) for groups, _ in found]
-    return _check_disk(directory, [*rotating, *fixed], sum(moves) / len(moves))
+    return _check_disk(directory, [*rotating, *fixed], sum(moves) / len(moves), processes_per_host)
 
 
 def _moved_per_step(policy: SelectionPolicy, groups: Sequence[LayerGroup]) -> float:
@@ -125,17 +128,20 @@ def _part_of(group: GroupBytes, processes: int) -> GroupBytes:
     return replace(group, state=-(-group.state // processes), masters=-(-group.masters // processes))
 
 
-def _check_disk(directory: str | os.PathLike[str], groups: Sequence[GroupBytes], moved_per_step: float) -> str:
+def _check_disk(
+    directory: str | os.PathLike[str], groups: Sequence[GroupBytes], moved_per_step: float, processes: int
+) -> str:
     check_directory(directory)
-    total, free = sum(g.state + g.masters for g in groups), shutil.disk_usage(directory).free
+    total, free = processes * sum(g.state + g.masters for g in groups), shutil.disk_usage(directory).free
+    of_all = f" of {processes} processes" if processes > 1 else ""
     if total > free:
         raise RuntimeError(
-            f"The optimizer state needs {format_bytes(total)} in {directory}, where {format_bytes(free)} are free."
-            " Free some space, name another offload_directory, or use an optimizer with 8-bit state."
+            f"The optimizer state{of_all} needs {format_bytes(total)} in {directory}, where {format_bytes(free)} are"
+            " free. Free some space, name another offload_directory, or use an optimizer with 8-bit state."
         )
     return (
-        f"HiFT: optimizer state takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free); 1,000 steps"
-        f" write about {format_bytes(1000 * total * moved_per_step)} to it."
+        f"HiFT: optimizer state{of_all} takes {format_bytes(total)} in {directory} ({format_bytes(free)} are free);"
+        f" 1,000 steps write about {format_bytes(1000 * total * moved_per_step)} to it."
     )
 
 

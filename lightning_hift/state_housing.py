@@ -191,6 +191,7 @@ class StateHousing(Strategy):
             directory=self.offload_directory,
             policy=callback.policy,
             processes=self.num_parts,
+            processes_per_host=getattr(self, "num_processes", 1) or 1,  # of strategies for several devices
             **{key: self.engine_options[key] for key in ("master_weights", "weights_dtype", "max_group_numel")},
         )
         if told is not None:

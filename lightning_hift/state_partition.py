@@ -93,11 +93,9 @@ class StatePartition(UndividedState):
     def assign(self, turns: Iterable[Sequence[Piece]]) -> None:
         """Divide the pieces of ``turns``: turn by turn, from the largest down, to the process with the least so far."""
         for turn in turns:
-            for piece in sorted(turn, key=_numel, reverse=True):
-                rank = self._numel.index(min(self._numel))
+            for piece, rank in zip(turn, divide_turn([_numel(piece) for piece in turn], self._numel), strict=True):
                 self._owner[piece.handle] = rank
                 self._parameters.append(piece.parameter)
-                self._numel[rank] += _numel(piece)
 
     def owner_of(self, piece: Piece) -> int:
         """The rank of the process that keeps the state of ``piece``; of what never trains it is the first one."""
@@ -140,6 +138,20 @@ class StatePartition(UndividedState):
                 found.append((owner, bucket))
             bucket.append(weights)
         return found
+
+
+def divide_turn(sizes: Sequence[int], so_far: list[int]) -> list[int]:
+    """The rank of the process to which each of some pieces goes: from the largest down, that with the least so far.
+
+    Args:
+        sizes: Elements of each piece.
+        so_far: Elements of each process, to which these are added.
+    """
+    found = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        found[index] = so_far.index(min(so_far))
+        so_far[found[index]] += sizes[index]
+    return found
 
 
 def _sum(parts: Tensor, device: torch.device) -> Tensor:

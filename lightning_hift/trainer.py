@@ -15,11 +15,12 @@ from lightning_hift.attach import find_groups
 from lightning_hift.callback import HiFTCallback, find_callback
 from lightning_hift.lr_scale import lr_scales
 from lightning_hift.memory import parse_bytes
-from lightning_hift.planner.forecast import Setup
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
+from lightning_hift.planner.setup import Setup
 from lightning_hift.predictions import PredictionWriter
 from lightning_hift.report import describe_groups
+from lightning_hift.strategy import HiFTStrategy
 from lightning_hift.trainable import TrainOnly
 
 
@@ -63,6 +64,10 @@ class HiFTTrainer(pl.Trainer):
         compare: bool = True,
         plot: str | None = None,
         report: str | None = None,
+        strategy: str | None = None,
+        devices: int | None = None,
+        hosts: int | None = None,
+        partition_state: bool | None = None,
     ) -> None:
         """Print what a fit with this configuration will need, without a GPU, data or training.
 
@@ -74,13 +79,17 @@ class HiFTTrainer(pl.Trainer):
             datamodule: Its ``batch_size`` and ``sequence_length``, if it has them, are the defaults.
             batch_size: Rows per micro-batch; without a data module that says it: 1.
             sequence_length: Tokens per row; without a data module that says it: 512.
-            device_memory: Memory of the device, such as 24GiB. With it, what does not fit is answered by what does.
-            host_memory: Memory of the host that is free, likewise.
+            device_memory: Memory of each device, such as 24GiB. With it, what does not fit is answered by what does.
+            host_memory: Memory of each host that is free, likewise.
             link: Speed of copies between host and device, each way.
             tflops: What the device sustains on this model, in 10^12 operations per second; default: 40 % of an A100.
             compare: Also plan full fine-tuning and other kinds of master weights. Takes several times as long.
             plot: File for a picture of the device memory by group.
             report: File for the plan in Markdown.
+            strategy: How several devices share the run, hift_ddp or hift_fsdp; default: as the Trainer's, or hift_ddp.
+            devices: In all, on all hosts; default: those of the Trainer, or 1 where it takes what it finds.
+            hosts: With as many devices each; default: the Trainer's num_nodes, or 1 beside devices.
+            partition_state: With hift_ddp, share the optimizer state among the devices; default: as the strategy does.
 
         Raises:
             ValueError: An argument is out of range, or the grouping does not fit the model.
@@ -89,7 +98,14 @@ class HiFTTrainer(pl.Trainer):
         found = self.make_plan(
             model,
             datamodule,
-            _given(batch_size=batch_size, sequence_length=sequence_length),
+            _given(
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                strategy=strategy,
+                devices=devices,
+                hosts=hosts,
+                partition_state=partition_state,
+            ),
             device_memory=parse_bytes(device_memory, "device_memory") if device_memory else None,
             host_memory=parse_bytes(host_memory, "host_memory") if host_memory else None,
             link=_bytes_per_second(link),
@@ -114,7 +130,8 @@ class HiFTTrainer(pl.Trainer):
         Args:
             model: The module to plan for.
             datamodule: See ``plan``.
-            setup: Fields of ``Setup`` that are not to be those of the Trainer and the data module.
+            setup: Fields of ``Setup`` that are not to be those of the Trainer and the data module. For several devices
+                ``strategy`` is that of the Trainer, or ``"hift_ddp"`` if that is for one.
             options: Everything else that ``lightning_hift.planner.plan.make_plan`` takes.
         """
         self._build(model)
@@ -123,7 +140,7 @@ class HiFTTrainer(pl.Trainer):
         own = {"precision": str(self.precision), "group_size": callback.group_size, **_given(**sizes)}
         return make_plan(
             model,
-            Setup(**{**own, **self._strategy_setup(), **(setup or {})}),
+            Setup(**{**own, **self._strategy_setup(), **self._devices_setup(setup or {}), **(setup or {})}),
             policy=callback.policy,
             units=callback.units,
             frozen=callback.frozen,
@@ -179,11 +196,19 @@ class HiFTTrainer(pl.Trainer):
 
     def _strategy_setup(self) -> dict[str, Any]:
         """Arguments of the strategy that a plan depends on; a strategy without them has the defaults of ``Setup``."""
-        names = ("offload", "prefetch", "master_weights", "max_group_numel", "activation_budget")
+        names = ("offload", "prefetch", "master_weights", "max_group_numel", "activation_budget", "partition_state")
         given = {name: getattr(self.strategy, name) for name in names if hasattr(self.strategy, name)}
         if given.get("activation_budget") is not None:
             given["activation_budget"] = parse_bytes(given["activation_budget"], "activation_budget")
         return given
+
+    def _devices_setup(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the Trainer, and its strategy, as far as it makes a difference."""
+        found = {"devices": self.num_devices * self.num_nodes, "hosts": self.num_nodes}
+        name = str(getattr(self.strategy, "strategy_name", type(self.strategy).__name__))
+        if given.get("devices", found["devices"]) > 1:
+            return {**found, "strategy": "hift_ddp" if name == HiFTStrategy.strategy_name else name}
+        return {**found, "strategy": name} if getattr(self.strategy, "partition_state", False) else found
 
 
 def _bytes_per_second(link: str) -> int:

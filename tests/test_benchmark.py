@@ -22,7 +22,7 @@ from lightning_hift.benchmark.memory_rows import GIB, ROWS, Row, Target, find_ro
 from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import append_record, read_records
 from lightning_hift.benchmark.runner import SCHEMA, Runner
-from lightning_hift.planner.forecast import Setup
+from lightning_hift.planner.setup import Setup
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "benchmark"

@@ -11,7 +11,8 @@ import torch
 from lightning_hift import HiFTStrategy
 from lightning_hift.activations import SavedBytes
 from lightning_hift.allocations import AllocationTracker
-from lightning_hift.planner.plan import Setup, make_plan
+from lightning_hift.planner.plan import make_plan
+from lightning_hift.planner.setup import Setup
 from lightning_hift.tasks import CausalLM
 from lightning_hift.tasks.chunked_loss import chunked_loss, refuse_other_losses
 from tests.models import as_published, language_model, trainer

@@ -5,6 +5,7 @@ import os
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -44,6 +45,20 @@ def succeeded(results):
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+def test_a_host_has_room_for_the_state_of_all_its_processes(monkeypatch):
+    model = Automatic()
+    strategy = HiFTDDPStrategy(
+        parallel_devices=[torch.device("cpu")] * 3, cluster_environment=LightningEnvironment(), accelerator=None
+    )
+    strategy.model, strategy.optimizers = model, [torch.optim.AdamW(model.parameters())]
+    state = 8 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("lightning_hift.preflight.available_host_memory", lambda: 3 * state)
+    strategy._check_memory(as_published())
+    monkeypatch.setattr("lightning_hift.preflight.available_host_memory", lambda: 3 * state - 1)
+    with pytest.raises(RuntimeError, match="optimizer state of all groups, in 3 processes"):
+        strategy._check_memory(as_published())
 
 
 class MastersAtStart(pl.Callback):

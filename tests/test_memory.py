@@ -250,6 +250,15 @@ def test_a_host_too_small_is_refused_with_the_sum() -> None:
         check_memory(4 * GIB, groups, host_memory=14 * GIB)
 
 
+def test_processes_share_a_host_but_no_device() -> None:
+    groups = [group("block", GIB, master_weights="split"), group("head", GIB // 2, master_weights="split")]
+    # 8 and 2 bytes for each of 1.5 * 2**30 elements, in each of 4 processes
+    check_memory(4 * GIB, groups, device_memory=16 * GIB + CONTEXT_BYTES, host_memory=60 * GIB, processes=4)
+    words = r"(?s)60\.00 GiB on the host.*in 4 processes +48\.00 GiB.*in 4 processes +12\.00 GiB.*fewer processes"
+    with pytest.raises(RuntimeError, match=words):
+        check_memory(4 * GIB, groups, host_memory=60 * GIB - 1, processes=4)
+
+
 def test_available_host_memory(tmp_path: Path) -> None:
     assert available_host_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()

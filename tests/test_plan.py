@@ -17,9 +17,10 @@ from lightning_hift import HFT, LISA, BAdam, HiFTEngine, SelectionPolicy, StateO
 from lightning_hift.allocations import AllocationTracker
 from lightning_hift.cli import HiFTCLI
 from lightning_hift.memory import CONTEXT_BYTES
-from lightning_hift.planner.forecast import Setup, forecast
+from lightning_hift.planner.forecast import forecast
 from lightning_hift.planner.plan import Plan, make_plan
 from lightning_hift.planner.report import plot_plan
+from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.network import NetworkSource, build_network
 from tests.lagging import LaggingDevice
@@ -70,6 +71,7 @@ def static(workload: Workload, **options: Any) -> Any:
         ("llama2_13b", 13_015_864_320, 317_204_480, 163_840_000),
         ("qwen3_32b", 32_762_123_264, 487_598_336, 777_912_320),
         ("llama3_70b", 70_553_706_496, 855_654_400, 1_050_673_152),
+        ("llama3_405b", 405_853_388_800, 3_187_703_808, 2_101_346_304),
     ],
 )
 def test_group_sizes_are_the_published_ones(name: str, total: int, block: int, embedding: int) -> None:

@@ -549,8 +549,10 @@ def test_what_a_disk_is_in_for(policy, written, tmp_path, caplog):
         offload="disk",
         directory=tmp_path,
         policy=policy,
+        processes_per_host=3,
     )
-    total = 8 * sum(p.numel() for p in model.parameters())
+    total = 3 * 8 * sum(p.numel() for p in model.parameters())
+    assert f"optimizer state of 3 processes takes {format_bytes(total)}" in told
     assert f"1,000 steps write about {format_bytes(1000 * total * written)}" in told
 
 

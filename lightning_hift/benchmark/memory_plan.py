@@ -10,7 +10,8 @@ import torch
 
 from lightning_hift.benchmark.memory_rows import MODELS, Row
 from lightning_hift.memory import CONTEXT_BYTES
-from lightning_hift.planner.forecast import Setup, forecast, smallest_budget
+from lightning_hift.planner.forecast import forecast, smallest_budget
+from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks import CausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lightning_hift.planner.forecast import Setup
+from lightning_hift.planner.setup import Setup
 
 GIB = 2**30
 

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.planner.forecast import Forecast, GroupPlan, Setup, forecast
+from lightning_hift.planner.forecast import Forecast, GroupPlan, forecast
 from lightning_hift.planner.made_up_batch import ComputeLoss
 from lightning_hift.planner.proposal import propose
+from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.selection import SelectionPolicy
 
@@ -31,8 +32,8 @@ class Plan:
         proposal: The nearest setup that fits, if the one that was asked for does not.
         changed: Names of the fields in which the proposal differs.
         smallest: The best that could be found, if nothing fits.
-        device_memory: Bytes of the device, if a limit was given.
-        host_memory: Bytes of the host, likewise.
+        device_memory: Bytes of each device, if a limit was given.
+        host_memory: Bytes of each host, likewise.
         link: Bytes per second between host and device, each way.
         sustained_flops: Multiplications and additions per second.
         notes: What the plan leaves out or assumes.
@@ -71,10 +72,22 @@ class Plan:
         return self.seconds(group) * self.sustained_flops / self.mean_flops_per_token
 
     @property
-    def written_per_1000_steps(self) -> float:
-        """Bytes that 1000 steps write, to the disk if that is where the state is: each releases one group's state."""
+    def mean_sent(self) -> float:
+        """Bytes that each device sends to others in a step, over a sweep."""
         groups = self.forecast.groups.values()
-        return 1000 * sum(group.traffic for group in groups) / len(groups)
+        return sum(group.sent for group in groups) / len(groups)
+
+    @property
+    def mean_exchanged(self) -> float:
+        """Bytes of the tensors that are exchanged in a step, over a sweep."""
+        groups = self.forecast.groups.values()
+        return sum(group.exchanged for group in groups) / len(groups)
+
+    @property
+    def written_per_1000_steps(self) -> float:
+        """Bytes that 1000 steps write on each host, to the disk if the state is there: each releases one group's."""
+        groups = self.forecast.groups.values()
+        return 1000 * sum(group.host_traffic for group in groups) / len(groups)
 
     def __str__(self) -> str:
         from lightning_hift.planner.report import format_plan
@@ -111,8 +124,8 @@ def make_plan(
         units: See ``attach_engines``.
         frozen: See ``attach_engines``.
         always_active: See ``attach_engines``.
-        device_memory: Bytes of the device; with it, a setup that does not fit is answered by one that does.
-        host_memory: Bytes of the host, likewise.
+        device_memory: Bytes of each device; with it, a setup that does not fit is answered by one that does.
+        host_memory: Bytes of each host, likewise.
         link: Bytes per second between host and device, each way.
         sustained_flops: Multiplications and additions per second of the device on this model.
         compare: Also plan full fine-tuning and the other kinds of masters, which takes several times as long.
@@ -164,4 +177,12 @@ def _comparison(workload: Workload, setup: Setup) -> list[Forecast]:
         f"{method}, Mixed^Hi, split masters": replace(half, master_weights="split"),
         f"{method}, Mixed^Hi, split, 8-bit state": replace(half, master_weights="split", eight_bit=True),
     }
+    if setup.devices > 1:
+        ddp = replace(setup, strategy="hift_ddp", partition_state=False)
+        sharings = {
+            f"{method}, hift_ddp": ddp,
+            f"{method}, hift_ddp, partition_state": replace(ddp, partition_state=True),
+            f"{method}, hift_fsdp": replace(ddp, strategy="hift_fsdp"),
+        }
+        rows |= {name: other for name, other in sharings.items() if other != setup}
     return [forecast(workload, other, name) for name, other in rows.items()]

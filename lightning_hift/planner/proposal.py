@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median_low
 
-from lightning_hift.planner.forecast import Forecast, Setup, forecast, smallest_budget
+from lightning_hift.planner.forecast import Forecast, forecast, needs_of, smallest_budget
+from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 
 _GRAIN = 2**28  # activation budgets are proposed in steps of 256 MiB
@@ -39,8 +40,15 @@ def propose(
 
 
 def _smaller_and_smaller(workload: Workload, asked: Forecast) -> Iterator[Setup]:
-    """Setups that need less and less of the device or the host, in the order of what each change costs."""
+    """Setups that need less and less of the device or the host, in the order of what each change costs.
+
+    Several devices first share the state, then all, before anything else is changed.
+    """
     setup = asked.setup
+    if setup.devices > 1 and setup.strategy == "hift_ddp":
+        yield replace(setup, partition_state=True)
+        setup = replace(setup, strategy="hift_fsdp", partition_state=False)
+        yield setup
     if setup.offload == "none":
         setup = replace(setup, offload="host")
         yield setup
@@ -84,6 +92,10 @@ def _take_back(workload: Workload, asked: Setup, found: Forecast, limits: tuple[
             before = _with_smallest_budget(workload, before)
         if before != setup and fits(before):
             setup = before
+    if setup.strategy != asked.strategy:
+        for partition_state in dict.fromkeys((True, asked.partition_state)):
+            before = replace(setup, strategy=asked.strategy, partition_state=partition_state)
+            setup = before if fits(before) else setup
     if setup.activation_budget not in (None, asked.activation_budget):
         setup = _largest_budget(workload, setup, limits)
     return forecast(workload, setup, "proposal")
@@ -105,7 +117,7 @@ def _largest_batch(workload: Workload, wanted: int, setup: Setup, limits: tuple[
 
 def _largest_budget(workload: Workload, setup: Setup, limits: tuple[int | None, int | None]) -> Setup:
     smallest = setup.activation_budget or 1
-    whole = workload.needs(setup.precision, setup.group_size, setup.batch_size, setup.sequence_length, ends_only=True)
+    whole = needs_of(workload, setup, ends_only=True)
     low, high = -(-smallest // _GRAIN), max(needs.saved for needs in (whole or {}).values()) // _GRAIN
     best = setup
     while low <= high:

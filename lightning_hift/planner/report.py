@@ -10,6 +10,7 @@ from lightning_hift.planner.plan import Plan
 from lightning_hift.table import format_bytes, format_table
 
 _KINDS = ("weights", "gradients", "state", "masters", "activations")
+_EXCHANGE = "exchange"  # with several devices
 # Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
 _COLOURS = {
     "driver, CUDA context (assumed)": "#bbbbbb",
@@ -18,6 +19,14 @@ _COLOURS = {
     "state": "#009e73",
     "masters": "#cc79a7",
     "activations": "#56b4e9",
+    _EXCHANGE: "#f0e442",
+}
+# By whether weights are sharded.
+_EXCHANGES = {
+    False: "Exchange: copies of small gradients, which are averaged together. Sent: by each device, in a ring. A host"
+    " keeps the state\nof all its processes.",
+    True: "Exchange: whole weights of two blocks and of all that is in no block, and whole gradients before they are"
+    " scattered. Sent:\nby each device, in a ring, for one micro-batch. A host keeps the shards of all its processes.",
 }
 
 
@@ -49,21 +58,33 @@ def _heading(plan: Plan) -> str:
         f" activation budget: {format_bytes(setup.activation_budget) if setup.activation_budget else 'none'},"
         f" sliced above: {f'{setup.max_group_numel:,} elements' if setup.max_group_numel else 'never'}",
     ]
+    if _is_shared(plan):
+        partition = ", partition_state" if setup.partition_state else ""
+        lines.append(
+            f"{setup.strategy}{partition} on {setup.devices} devices, {setup.processes_per_host} on each of"
+            f" {setup.hosts} host(s); the batch and the rows below are those of each device"
+        )
     if plan.always_active:
         lines.append(f"always active, in every row: {', '.join(plan.always_active)}")
     return "\n".join(lines)
 
 
+def _is_shared(plan: Plan) -> bool:
+    return plan.forecast.setup.devices > 1
+
+
 def _groups(plan: Plan) -> str:
-    header = ["group", "units", "parameters", *_KINDS, "at step", "peak", "transfer", "time", "hidden from"]
+    kinds, sent = ((*_KINDS, _EXCHANGE), ["sent"]) if _is_shared(plan) else (_KINDS, [])
+    header = ["group", "units", "parameters", *kinds, "at step", "peak", *sent, "transfer", "time", "hidden from"]
     rows = [
         [
             index,
             group.name,
             f"{group.numel:,}",
-            *("unknown" if getattr(group, k) is None else format_bytes(getattr(group, k)) for k in _KINDS),
+            *("unknown" if getattr(group, k) is None else format_bytes(getattr(group, k)) for k in kinds),
             format_bytes(group.step),
             format_bytes(group.peak),
+            *(format_bytes(getattr(group, k)) for k in sent),
             format_bytes(group.traffic),
             f"{1000 * plan.seconds(group):.1f} ms",
             f"{plan.hiding_tokens(group):.0f} tokens",
@@ -75,32 +96,41 @@ def _groups(plan: Plan) -> str:
 
 def _sums(plan: Plan) -> str:
     overhead = next(iter(plan.forecast.groups.values())).overhead
-    on_disk = plan.forecast.setup.offload == "disk"
+    where = " on each host" if _is_shared(plan) else ""
+    where += "" if plan.forecast.setup.offload == "disk" else " if it were on disk"
     written = f"{plan.written_per_1000_steps / 1e12:.2f} TB"
+    each = "each " if _is_shared(plan) else ""
     rows = [
         [
-            "device, largest peak" + ("" if plan.forecast.is_complete else " without activations"),
+            f"{each}device, largest peak" + ("" if plan.forecast.is_complete else " without activations"),
             format_bytes(plan.forecast.peak),
         ],
         ["  of it driver and CUDA context (assumed)", format_bytes(overhead)],
-        ["host", format_bytes(plan.forecast.host_bytes)],
-        ["disk", format_bytes(plan.forecast.disk_bytes)],
-        ["written per 1000 steps" + ("" if on_disk else " if it were on disk"), written],
+        [f"{each}host", format_bytes(plan.forecast.host_bytes)],
+        [f"{each}disk", format_bytes(plan.forecast.disk_bytes)],
+        [f"written per 1000 steps{where}", written],
     ]
+    if _is_shared(plan):
+        rows.append(["tensors exchanged per step (mean of a sweep)", format_bytes(plan.mean_exchanged)])
+        rows.append(["  sent for it by each device", format_bytes(plan.mean_sent)])
+    kinds = "six" if _is_shared(plan) else "five"
     rule = (
         f"Transfers go both ways at once, each at {plan.link / 1e9:g} GB/s. They are hidden behind a step of as many"
         f" tokens as the last column says, at\n{plan.sustained_flops / 1e12:g} TFLOP/s and"
         f" {plan.mean_flops_per_token / 1e9:.3g} GFLOP per token (mean of a sweep). The peak is what the driver holds"
-        " plus the larger of two sums:\nthe five kinds (activations: what they need beyond the gradients), or all that"
-        " is there at the optimizer step."
+        f" plus the larger of two sums:\nthe {kinds} kinds (activations: what they need beyond the gradients), or all"
+        " that is there at the optimizer step."
     )
+    if _is_shared(plan):
+        rule += "\n" + _EXCHANGES[plan.forecast.setup.is_sharded]
     return format_table(["place", "bytes"], rows) + "\n" + rule
 
 
 def _comparison(plan: Plan) -> str:
     if not plan.comparison:
         return ""
-    header = ["same batch, other ways", "device", "host", *_fit_header(plan)]
+    sent = ["sent at most"] if _is_shared(plan) else []
+    header = ["same batch, other ways", "device", "host", *sent, *_fit_header(plan)]
     return format_table(header, [_row(plan, forecast) for forecast in (plan.forecast, *plan.comparison)])
 
 
@@ -113,29 +143,32 @@ def _row(plan: Plan, forecast: Forecast) -> list[str]:
     device = format_bytes(forecast.peak)
     if not forecast.is_complete:
         fits, device = fits.replace("yes", "unknown"), f"{device} and activations"
-    return [forecast.name, device, format_bytes(forecast.host_bytes), *([fits] if _fit_header(plan) else [])]
+    sent = [format_bytes(forecast.most_sent)] if _is_shared(plan) else []
+    return [forecast.name, device, format_bytes(forecast.host_bytes), *sent, *([fits] if _fit_header(plan) else [])]
 
 
 def _verdict(plan: Plan) -> str:
+    the = "each" if _is_shared(plan) else "the"
     limits = {"device": plan.device_memory, "host": plan.host_memory}
-    room = " and ".join(f"{format_bytes(n)} on the {where}" for where, n in limits.items() if n is not None)
+    room = " and ".join(f"{format_bytes(n)} on {the} {where}" for where, n in limits.items() if n is not None)
     if not room:
         return ""
     if plan.fits:
         return f"Fits {room}." if plan.forecast.is_complete else f"Fits {room} without its activations, not known here."
-    needs = f"{format_bytes(plan.forecast.peak)} on the device and {format_bytes(plan.forecast.host_bytes)} on the host"
+    asked, found = plan.forecast, plan.proposal
+    needs = f"{format_bytes(asked.peak)} on {the} device and {format_bytes(asked.host_bytes)} on {the} host"
     verdict = f"Does not fit {room}: it needs {needs}."
-    if plan.proposal is not None:
-        found = plan.proposal
+    if found is not None:
         changes = ", ".join(f"{name}={_value(name, getattr(found.setup, name))}" for name in plan.changed)
+        sent = f", sending at most {format_bytes(found.most_sent)} per step" if _is_shared(plan) else ""
         return (
-            f"{verdict}\nThis fits, with {format_bytes(found.peak)} on the device, {format_bytes(found.host_bytes)} on"
-            f" the host and {format_bytes(found.disk_bytes)} on the disk: {changes}."
+            f"{verdict}\nThis fits, with {format_bytes(found.peak)} on {the} device, {format_bytes(found.host_bytes)}"
+            f" on {the} host and {format_bytes(found.disk_bytes)} on {the} disk{sent}: {changes}."
         )
     assert plan.smallest is not None
     return (
         f"{verdict}\nNothing that was tried fits. The smallest that works needs {format_bytes(plan.smallest.peak)} on"
-        f" the device and {format_bytes(plan.smallest.host_bytes)} on the host, with batch_size=1, every block"
+        f" {the} device and {format_bytes(plan.smallest.host_bytes)} on {the} host, with batch_size=1, every block"
         " recomputed, and 16-bit weights."
     )
 
@@ -188,5 +221,5 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
 
 
 def _gib(group: GroupPlan, kind: str) -> float:
-    value = group.overhead if kind not in _KINDS else getattr(group, kind)
+    value = group.overhead if kind not in (*_KINDS, _EXCHANGE) else getattr(group, kind)
     return float(value or 0) / 2**30

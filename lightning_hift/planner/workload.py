@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, cast
 
@@ -161,6 +162,7 @@ class Workload:
         sequence_length: int,
         checkpointed: bool = False,
         ends_only: bool = False,
+        keep_gradients: bool = True,
     ) -> dict[int, Needs] | None:
         """What forward and backward need beside the weights, by active group.
 
@@ -170,6 +172,7 @@ class Workload:
             batch_size: Rows per micro-batch.
             sequence_length: Tokens per row.
             checkpointed: Run every repeated block under activation checkpointing.
+            keep_gradients: Without, each gradient leaves as soon as it is ready.
             ends_only: Only the groups among which the largest peak is: the ends of each stretch of equal blocks.
 
         Returns:
@@ -179,9 +182,11 @@ class Workload:
         alike = _alike(groups)
 
         def measure(i: int) -> Needs:
-            key = (precision, group_size, i, batch_size, sequence_length, checkpointed)
+            key = (precision, group_size, i, batch_size, sequence_length, checkpointed, keep_gradients)
             if key not in self._needs:
-                self._needs[key] = self._rehearse(groups[i], precision, batch_size, sequence_length, checkpointed)
+                self._needs[key] = self._rehearse(
+                    groups[i], precision, batch_size, sequence_length, checkpointed, keep_gradients
+                )
             return self._needs[key]
 
         if self._compute_loss is None or (precision, checkpointed) in self._unplanned:
@@ -199,7 +204,9 @@ class Workload:
             self.notes.append(f"Activations are not planned: {reason} ({how})")
             return None
 
-    def _rehearse(self, group: LayerGroup, precision: str, batch: int, length: int, checkpointed: bool) -> Needs:
+    def _rehearse(
+        self, group: LayerGroup, precision: str, batch: int, length: int, checkpointed: bool, keep_gradients: bool
+    ) -> Needs:
         if (precision, checkpointed) not in self._rehearsals:
             _, dtype, autocast = parse_precision(precision)
             blocks = self.blocks if checkpointed else ()
@@ -207,22 +214,41 @@ class Workload:
         units = (*group.units, *self.always_active)
         active = [p for unit in units for p in unit.parameters.values()]
         compute = cast(ComputeLoss, self._compute_loss)
-        return self._rehearsals[precision, checkpointed].run(active, lambda model: compute(model, batch, length))
+        rehearsal = self._rehearsals[precision, checkpointed]
+        return rehearsal.run(active, lambda model: compute(model, batch, length), keep_gradients)
+
+    @cached_property
+    def block_units(self) -> list[LayerUnit]:
+        """The blocks: units with parameters of the same shapes as another one's."""
+        count = Counter(map(_shapes, self.units))
+        return [unit for unit in self.units if count[_shapes(unit)] > 1]
+
+    @cached_property
+    def block_parameters(self) -> dict[LayerUnit, list[nn.Parameter]]:
+        """All parameters of each block's modules, frozen ones included."""
+        named = dict(self.model.named_parameters())
+        inside = {unit: (unit.modules, tuple(f"{path}." for path in unit.modules)) for unit in self.block_units}
+        return {
+            unit: [p for name, p in named.items() if name in paths or name.startswith(starts)]
+            for unit, (paths, starts) in inside.items()
+        }
 
     @property
     def blocks(self) -> list[str]:
-        """Paths of the blocks: units with parameters of the same shapes as another one's."""
-        count = Counter(map(_shapes, self.units))
-        return [path for unit in self.units if count[_shapes(unit)] > 1 for path in unit.modules]
+        """Paths of the blocks."""
+        return [path for unit in self.block_units for path in unit.modules]
+
+    def crossed(self, group: LayerGroup) -> list[LayerUnit]:
+        """Units that the backward pass goes through when ``group`` trains: from the lowest that trains upwards."""
+        units, position = [*self.units, *self.always_active], self._positions()
+        lowest = min(position[i] for i, unit in enumerate(units) if unit in (*group.units, *self.always_active))
+        return [unit for i, unit in enumerate(units) if position[i] >= lowest]
 
     def flops_per_token(self, group: LayerGroup, checkpointed: bool = False) -> int:
         """Multiplications and additions of a step in which ``group`` trains, in matrices of weights alone."""
-        units = [*self.units, *self.always_active]
-        trained = [i for i, unit in enumerate(units) if unit in group.units or unit in self.always_active]
-        position = self._positions()
-        lowest = min(position[i] for i in trained)
-        crossed = sum(n for i, n in enumerate(self._multiplied[1]) if position[i] >= lowest)
-        updated = sum(self._multiplied[1][i] for i in trained)
+        by_unit = dict(zip(map(id, (*self.units, *self.always_active)), self._multiplied[1], strict=True))
+        crossed = sum(by_unit[id(unit)] for unit in self.crossed(group))
+        updated = sum(by_unit[id(unit)] for unit in (*group.units, *self.always_active))
         return 2 * (self._multiplied[0] + crossed + updated + (crossed if checkpointed else 0))
 
     def _positions(self) -> list[int]:
