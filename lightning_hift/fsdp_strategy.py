@@ -168,10 +168,10 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
-        saved = {
-            name: as_sharded(local_part(value, own[name]).to(self.root_device), own[name]) if name in own else value
-            for name, value in checkpoint["state_dict"].items()
-        }
+        saved = dict(checkpoint["state_dict"])
+        for name in saved.keys() & own.keys():
+            if saved[name].shape == own[name].shape:  # else torch says what is wrong
+                saved[name] = as_sharded(local_part(saved[name], own[name]).to(self.root_device), own[name])
         self.lightning_module.load_state_dict(saved, strict=strict)
 
     @override

@@ -46,16 +46,26 @@ def save_sharded(checkpoint: dict[str, Any], path: _PATH) -> None:
     """Write ``checkpoint`` to the folder ``path``, by all processes at once. What was there stays until it is whole.
 
     Raises:
-        OSError: The disk is full or not writable for the first process.
-        CheckpointException: It is for another one.
+        OSError: The disk is full or not writable for the first process. In all processes.
+        CheckpointException: It is for another one. In all processes.
     """
     target = Path(path)
     part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
-    is_first = dist.get_rank() == 0
-    if is_first:
+
+    def begin() -> None:
         _remove(part)
         part.mkdir(parents=True)
-    dist.barrier()
+
+    def finish() -> None:
+        StreamingCheckpointIO().save_checkpoint(rest, part / _REST)
+        _remove(old)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        sync_folder(target.parent)
+        _remove(old)
+
+    _in_first(begin)
     shards: dict[str, Tensor] = {}
 
     def take_out(place: Place, value: Any) -> Any:
@@ -67,15 +77,7 @@ def save_sharded(checkpoint: dict[str, Any], path: _PATH) -> None:
 
     rest = _map_leaves(checkpoint, take_out)
     save(shards, storage_writer=FileSystemWriter(part), planner=DefaultSavePlanner(flatten_state_dict=False))
-    if is_first:
-        StreamingCheckpointIO().save_checkpoint(rest, part / _REST)
-        _remove(old)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        sync_folder(target.parent)
-        _remove(old)
-    dist.barrier()
+    _in_first(finish)
 
 
 def load_sharded(
@@ -179,6 +181,19 @@ def _map_leaves(value: Any, function: Callable[[Place, Any], Any], place: Place 
     if type(value) in (list, tuple):
         return type(value)(_map_leaves(entry, function, (*place, i)) for i, entry in enumerate(value))
     return function(place, value)
+
+
+def _in_first(function: Callable[[], None]) -> None:
+    """Call ``function`` in the first process; the others wait for it, and raise what it raises."""
+    error: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            function()
+        except OSError as raised:
+            error = [raised]
+    dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 
 def _remove(folder: Path) -> None:

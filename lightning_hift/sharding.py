@@ -71,7 +71,8 @@ def find_blocks(module: nn.Module, units: Sequence[str | Sequence[str]] | None =
     for _, p in module.named_parameters(remove_duplicate=False):
         uses[id(p)] = uses.get(id(p), 0) + 1
     found = []
-    for unit in find_layer_units(module, units):
+    is_trainable = any(p.requires_grad for p in module.parameters())
+    for unit in find_layer_units(module, units) if is_trainable else ():
         if unit.name in unit.modules and len(unit.modules) == 1:
             block = module.get_submodule(unit.name)
             own = [id(p) for _, p in block.named_parameters(remove_duplicate=False)]

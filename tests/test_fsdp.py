@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_hift import HiFTFSDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates, sharded_checkpoint
+from lightning_hift import (
+    HiFTFSDPStrategy,
+    HiFTModule,
+    HiFTStrategy,
+    LayerUpdates,
+    StreamingCheckpointIO,
+    sharded_checkpoint,
+)
 from lightning_hift.cli import main
 from lightning_hift.sharded_checkpoint import consolidate
 from lightning_hift.tasks.chunked_loss import chunked_loss
@@ -161,6 +168,12 @@ def run_options(options):
 
 
 SLICED = {"strategy": {"max_group_numel": 100}, "make_optimizer": adamw}
+
+
+def test_blocks_are_recomputed_to_stay_within_a_budget(two):
+    options = {"strategy": {"activation_budget": 11_000}, "module": Manual}
+    first, _ = succeeded(two.run(run_options, options))
+    assert_close(first, fit(HiFTStrategy(), 1, module=Manual))
 
 
 def test_slices_of_parts_change_no_bit(two):
@@ -321,6 +334,55 @@ def test_checkpoints_evaluation_and_another_fit(two, tmp_path):
     both = [torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(first[4], second[4], strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(both, expected[4], strict=True))
     assert_close(first[5], expected[5])
+
+
+def run_full_disk(path):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    StreamingCheckpointIO.save_checkpoint = refuse  # which the first process alone calls
+    return run_until(path, 9, path)
+
+
+def run_unwritable(path):
+    return run_until(path / "file/9.ckpt", 9)
+
+
+def test_a_full_disk_ends_all_processes_and_leaves_the_checkpoint_before(two, tmp_path):
+    path = tmp_path / "7.ckpt"
+    succeeded(two.run(run_until, path, 7))
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    doomed = Processes(2)
+    for error in doomed.run(run_full_disk, path):
+        assert isinstance(error, OSError)
+        assert "No space left" in str(error)
+    doomed.close()
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    (tmp_path / "file").touch()
+    for error in two.run(run_unwritable, tmp_path):
+        assert isinstance(error, NotADirectoryError)
+
+
+class Wider(Automatic):
+    """More words than the checkpoint knows."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.net.embedding = torch.nn.Embedding(VOCABULARY + 3, self.net.embedding.embedding_dim)
+
+
+def run_wider(path):
+    run = trainer(strategy=HiFTFSDPStrategy(), devices=2, callbacks=[as_published()])
+    run.validate(Wider(sgd), loader(rows(2, 2), 2, run.global_rank), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_weights_of_other_shapes_are_refused(one_file, two, tmp_path):
+    path = tmp_path / "2.ckpt"
+    run_until(path, 2, world=1) if one_file else succeeded(two.run(run_until, path, 2))
+    for error in two.run(run_wider, path):
+        assert isinstance(error, RuntimeError)
+        assert "size mismatch for net.embedding.weight" in str(error)
 
 
 # --- other modules ----------------------------------------------------------------------------------------------------
