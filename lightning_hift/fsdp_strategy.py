@@ -42,7 +42,8 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         max_group_numel: Counts the elements of the part that each process has.
         activation_budget: For each process.
         reshard_after_forward: Free the weights of a block after its forward pass and gather them again for its backward
-            pass. Without it each device holds all weights from one end of a step to the other.
+            pass. Without it each device holds all weights from one end of a step to the other. A number: keep them
+            divided among so many processes, as of one node; see ``fully_shard``.
         timeout: Processes that wait longer for another one give up.
         process_group_backend: As of ``torch.distributed.init_process_group``; default: gloo for the host, and what the
             devices speak.
@@ -63,7 +64,7 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         master_weights: MasterWeights = "auto",
         max_group_numel: int | None = None,
         activation_budget: str | int | None = None,
-        reshard_after_forward: bool = True,
+        reshard_after_forward: bool | int = True,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
     ) -> None:

@@ -32,7 +32,7 @@ def shard(
     mesh: DeviceMesh,
     prepare: Callable[[Tensor], Any],
     units: Sequence[str | Sequence[str]] | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | int = True,
 ) -> None:
     """Shard ``module`` in place; its parameters become ``DTensor`` s, each process holding some of their rows.
 
@@ -42,7 +42,7 @@ def shard(
         prepare: Called with each parameter and buffer while it is whole.
         units: As of ``find_layer_units``.
         reshard_after_forward: Free the weights of a block after its forward pass, to be gathered again for its
-            backward pass.
+            backward pass. A number: divide them among so many processes meanwhile.
 
     Raises:
         ValueError: Parameters belong to the LightningModule itself, in manual optimization.

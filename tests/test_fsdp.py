@@ -138,24 +138,31 @@ def test_each_process_holds_its_part_of_weights_and_state(two):
         assert 0 < largest < steps[-1][1] / 2
 
 
-def run_with_evaluation(reshard_after_forward):
+def run_with_evaluation(reshard_after_forward, world=2):
     model = Automatic(sgd)
     run = trainer(
         strategy=HiFTFSDPStrategy(reshard_after_forward=reshard_after_forward),
-        devices=2,
+        devices=world,
         callbacks=[as_published()],
         use_distributed_sampler=False,
         val_check_interval=1,
         num_sanity_val_steps=1,
     )
-    dataset = rows(11, 2)
-    run.fit(model, loader(dataset, 2, run.global_rank), loader(rows(1, 2), 2, run.global_rank))
+    batches, held_out = ([b[run.global_rank :: world] for b in tokens(count, ROWS * 2)] for count in (11, 1))
+    run.fit(model, DataLoader(batches, batch_size=None), DataLoader(held_out, batch_size=None))
     return whole(model), run.callback_metrics["val_loss"].item()
 
 
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_evaluation_between_steps_changes_nothing(reshard_after_forward, two):
     (first, _), _ = succeeded(two.run(run_with_evaluation, reshard_after_forward))
+    assert_close(first, fit(HiFTStrategy(), 1))
+
+
+def test_blocks_kept_by_half_of_the_processes():
+    four = Processes(4)
+    (first, _), *_ = succeeded(four.run(run_with_evaluation, 2, 4))
+    four.close()
     assert_close(first, fit(HiFTStrategy(), 1))
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader
-from tests.models import Automatic, Net, assert_same_weights, loader, trainer
+from lightning_hift import HiFTDDPStrategy, HiFTEngine, HiFTFSDPStrategy, HiFTStrategy, StateOffloader
+from lightning_hift.sharded_checkpoint import consolidate
+from tests.models import Automatic, Net, as_published, assert_same_weights, loader, trainer
+from tests.processes import Processes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -195,3 +197,45 @@ def test_small_net_state_dict_after_offload():
     state = engine.optimizer.state_dict()["state"]
     assert len(state) == len(list(model.parameters()))
     assert all(torch.isfinite(value).all() for s in state.values() for value in s.values())
+
+
+STRATEGIES = {
+    "hift": HiFTStrategy,
+    "hift_ddp": lambda: HiFTDDPStrategy(partition_state=True, check_every_n_steps=1),
+    "hift_fsdp": HiFTFSDPStrategy,
+}
+
+
+def run_strategy(name, precision, path, accelerator="gpu"):
+    run = trainer(
+        strategy=STRATEGIES[name](),
+        accelerator=accelerator,
+        precision=precision,
+        gradient_clip_val=0.1,
+        callbacks=[as_published()],
+    )
+    run.fit(Automatic(), loader(12))
+    run.save_checkpoint(path)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", ["hift_ddp", "hift_fsdp"])
+def test_strategies_of_several_processes_with_one(name, precision, tmp_path):
+    one = Processes(1)
+    for each in ("hift", name):
+        (error,) = one.run(run_strategy, each, precision, tmp_path / f"{each}.ckpt")
+        assert error is None
+    one.close()
+    if name == "hift_fsdp":
+        consolidate(str(tmp_path / "hift_fsdp.ckpt"), str(tmp_path / "one.ckpt"))
+    found = torch.load(tmp_path / ("one.ckpt" if name == "hift_fsdp" else f"{name}.ckpt"), weights_only=True)
+    expected = torch.load(tmp_path / "hift.ckpt", weights_only=True)
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for key, value in expected["state_dict"].items():
+        # Norms of gradients are summed up in another order.
+        torch.testing.assert_close(
+            found["state_dict"][key], value, rtol=1e-2 if "bf16" in precision else 1e-5, atol=1e-5
+        )
+    states = [saved["optimizer_states"][0] for saved in (found, expected)]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    assert states[0]["hift"]["step"] == states[1]["hift"]["step"] == 12
