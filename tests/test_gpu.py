@@ -213,6 +213,7 @@ def run_strategy(name, precision, path, accelerator="gpu"):
         precision=precision,
         gradient_clip_val=0.1,
         callbacks=[as_published()],
+        use_distributed_sampler=False,  # which would shuffle
     )
     run.fit(Automatic(), loader(12))
     run.save_checkpoint(path)
