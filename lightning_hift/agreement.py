@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hift.callback import HiFTCallback
+from lightning_hift.grouping import list_names
 from lightning_hift.state_housing import StateHousing
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -80,18 +81,14 @@ def check_identical(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     if bool(differs.any()):
         names = [name for name, differ in zip(parameters, differs.tolist(), strict=True) if differ]
         raise RuntimeError(
-            f"After step {step} the processes have different weights in {_listed(names)}. Something is stepped or set"
-            " in one process and not in the others, or is drawn at random by each of them. Mend that, and resume"
+            f"After step {step} the processes have different weights in {list_names(names)}. Something is stepped or"
+            " set in one process and not in the others, or is drawn at random by each of them. Mend that, and resume"
             " from the last checkpoint."
         )
 
 
 def _sum_of_bits(p: Tensor) -> Tensor:
     return p.detach().contiguous().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _shortened(value: Any) -> str:

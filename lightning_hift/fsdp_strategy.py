@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -142,14 +141,18 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    # As in Lightning's other strategies: ModelParallelStrategy would bring all state to the device.
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return self.lightning_module.state_dict()
+        return super(ModelParallelStrategy, self).lightning_module_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        return super(ModelParallelStrategy, self).optimizer_state(optimizer)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super(ModelParallelStrategy, self).load_optimizer_state_dict(checkpoint)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
@@ -174,8 +177,3 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
             if saved[name].shape == own[name].shape:  # else torch says what is wrong
                 saved[name] = as_sharded(local_part(saved[name], own[name]).to(self.root_device), own[name])
         self.lightning_module.load_state_dict(saved, strict=strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)

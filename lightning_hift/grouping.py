@@ -279,8 +279,8 @@ def _check_partition(model: nn.Module, units: Sequence[LayerUnit], wanted: set[i
     missing = [name for name, p in model.named_parameters() if id(p) in wanted and counts[id(p)] != 1]
     if missing:
         raise ValueError(
-            f"The layer units do not hold each trainable parameter exactly once: {_shorten(missing)}. Add a pattern for"
-            " them to units, or freeze them."
+            f"The layer units do not hold each trainable parameter exactly once: {list_names(missing)}. Add a pattern"
+            " for them to units, or freeze them."
         )
 
 
@@ -291,9 +291,10 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _some_paths(model: nn.Module) -> str:
     paths = [path for path, _ in model.named_modules() if path]
-    return f"Module paths of this model start like this: {_shorten(paths, 12)}."
+    return f"Module paths of this model start like this: {list_names(paths, 12)}."
 
 
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
+def list_names(names: Sequence[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -29,6 +29,7 @@ from lightning_hift.checkpoint_io import StreamingCheckpointIO, sync_folder
 from lightning_hift.host_memory import HostMemory
 from lightning_hift.optimizer_state import parameters_of
 from lightning_hift.sharded_tensors import as_sharded, is_sharded, local_part
+from lightning_hift.state_gathering import raise_in_all
 
 _MARK = "hift_sharded"  # key of {_MARK: name}, which stands in the rest where a sharded tensor belongs
 _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
@@ -185,15 +186,13 @@ def _map_leaves(value: Any, function: Callable[[Place, Any], Any], place: Place 
 
 def _in_first(function: Callable[[], None]) -> None:
     """Call ``function`` in the first process; the others wait for it, and raise what it raises."""
-    error: list[OSError | None] = [None]
+    error = None
     if dist.get_rank() == 0:
         try:
             function()
         except OSError as raised:
-            error = [raised]
-    dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+            error = raised
+    raise_in_all(error)
 
 
 def _remove(folder: Path) -> None:

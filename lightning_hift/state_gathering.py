@@ -70,7 +70,7 @@ def _make_room(
 ) -> list[Tensor]:
     """Mapped tensors with the shapes, strides and dtypes of those in ``like``; all processes learn if that fails."""
     targets: list[Tensor] = []
-    failed: list[OSError | None] = [None]
+    failed = None
     if like:
         try:
             memory = HostMemory(directory=directory)
@@ -78,11 +78,22 @@ def _make_room(
             memory.remove_files()
             targets = [flat.as_strided(t.shape, t.stride()) for flat, t in zip(flats, like, strict=True)]
         except OSError as error:
-            failed = [error]
-    dist.broadcast_object_list(failed, 0, group=group)
-    if failed[0] is not None:
-        raise failed[0]
+            failed = error
+    raise_in_all(failed, group)
     return targets
+
+
+def raise_in_all(error: OSError | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise in all processes what the first one has run into; without that, they only wait for it.
+
+    Args:
+        error: Of this process, which counts in the first one.
+        group: All processes; default: the default group.
+    """
+    found = [error]
+    dist.broadcast_object_list(found, 0, group=group)
+    if found[0] is not None:
+        raise found[0]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

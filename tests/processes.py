@@ -54,6 +54,14 @@ class Processes:
             process.kill()
 
 
+def succeeded(results: list[Any]) -> list[Any]:
+    """What ``Processes.run`` has returned, unless it is an exception."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
 def loaded_context() -> Any:
     """Starts processes that have loaded what takes long already."""
     context = multiprocessing.get_context("forkserver")

@@ -25,26 +25,12 @@ from tests.models import (
     trainer,
     weights,
 )
-from tests.processes import Processes
+from tests.processes import succeeded
 
 ROWS = 6  # per process and batch
 
 # Sums over the batch are made in another order: by one process over all rows, here first by each over its own.
 TOLERANCE = 1e-6
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
-def succeeded(results):
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def test_a_host_has_room_for_the_state_of_all_its_processes(monkeypatch):

@@ -1,37 +1,16 @@
 """Four processes: the basic cases, as with two."""
 
 import pytest
-import torch
 
-from tests.processes import Processes
-from tests.test_state_partition import adamw, assert_equal, fit, momentum, succeeded
+from tests.processes import succeeded
+from tests.test_ddp import assert_close
+from tests.test_state_partition import adamw, assert_equal, fit, momentum
 
-# Sums over the batch are made in another order: by one process over all rows, here first by each over its own.
-TOLERANCE = 1e-6
 CLIPPED = {"make": momentum, "accumulate_grad_batches": 3, "gradient_clip_val": 0.05}
-
-
-@pytest.fixture(scope="module")
-def four():
-    processes = Processes(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def run_fit(world, partition_state, options):
     return fit(partition_state, world, **options)
-
-
-def assert_close(found, expected):
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=TOLERANCE, msg=name)
 
 
 @pytest.mark.parametrize("options", [{"make": momentum}, CLIPPED], ids=["automatic", "accumulated_and_clipped"])

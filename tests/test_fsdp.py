@@ -37,17 +37,10 @@ from tests.models import (
     tokens,
     trainer,
 )
-from tests.processes import Processes
-from tests.test_ddp import ROWS, assert_close, loader, rows, sgd, succeeded
+from tests.processes import Processes, succeeded
+from tests.test_ddp import ROWS, assert_close, loader, rows, sgd
 from tests.test_generation import LETTERS, WIDE, data_of, module_of, rows_of
 from tests.tiny_texts import SMALL, word_tokenizer
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def whole(module):
@@ -554,13 +547,6 @@ def test_processes_that_differ_are_refused_at_the_start(two):
 
 
 # --- more processes ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def three():
-    processes = Processes(3)
-    yield processes
-    processes.close()
 
 
 def run_rows_in(world, **options):

@@ -16,23 +16,9 @@ from lightning_hift.engine import HiFTEngine
 from lightning_hift.optimizer_checks import check_divisible
 from tests.models import Automatic, Net, ResumableLoader, as_published, next_token_loss, tokens, trainer, weights
 from tests.optimizers import OPTIMIZERS
-from tests.processes import Processes
+from tests.processes import Processes, succeeded
 
 STEPS = 11
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
-def succeeded(results):
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def adamw(parameters):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -29,7 +29,7 @@ from lightning_hift.benchmark.cell_process import MEASURED
 from lightning_hift.benchmark.kinds import check_options
 from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.report import measured_on, missing_runs, number_text, size_text, write_csv
+from lightning_hift.benchmark.report import number_text, size_text, write_tables
 from lightning_hift.benchmark.speed import (
     SIZE,
     TINY,
@@ -109,10 +109,15 @@ def run(configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> dic
     size, (processes, sweeps) = TINY if options.get("tiny") else SIZE, counts.values()
     places = len(find_layer_units(build_model(size)))
     warm_up = WARM_UP_STEPS + places
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (processes, port, torch.get_num_threads(), variant, size, warm_up + sweeps * places, folder)
+    arguments = (
+        processes,
+        find_free_network_port(),
+        torch.get_num_threads(),
+        variant,
+        size,
+        warm_up + sweeps * places,
+        folder,
+    )
     torch.multiprocessing.spawn(_train, arguments, processes)  # type: ignore[no-untyped-call, attr-defined]
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     steps = range(warm_up, warm_up + sweeps * places)
@@ -149,14 +154,7 @@ def write_report(
     benchmark: Benchmark, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]
 ) -> list[Path]:
     """Bytes, times and scaling by variant and number of processes, the target, and all values in CSV."""
-    markdown, table = Path(f"{benchmark.output}.md"), Path(f"{benchmark.output}.csv")
-    parts = [f"# {benchmark.title or 'Data parallel'}", benchmark.about.strip()]
-    for device, records in by_device.items():
-        heading = [f"## On {device}"] if len(by_device) > 1 else []
-        parts += [*heading, *_sections(cells, records), *missing_runs(cells, records), *measured_on(records)]
-    markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
-    write_csv(table, cells, by_device)
-    return [markdown, table]
+    return write_tables(benchmark, cells, by_device, "Data parallel", _sections)
 
 
 def _sections(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:

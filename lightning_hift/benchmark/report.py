@@ -43,6 +43,28 @@ def write_report(
     return [markdown, table, *pictures]
 
 
+def write_tables(
+    benchmark: Benchmark,
+    cells: Sequence[Cell],
+    by_device: Mapping[str, Mapping[str, Record]],
+    title: str,
+    sections: Callable[[Sequence[Cell], Mapping[str, Record]], list[str]],
+) -> list[Path]:
+    """A report of tables alone: what ``sections`` makes of each device's records, and all values in CSV.
+
+    Args:
+        title: Where the benchmark has none.
+    """
+    markdown, table = Path(f"{benchmark.output}.md"), Path(f"{benchmark.output}.csv")
+    parts = [f"# {benchmark.title or title}", benchmark.about.strip()]
+    for device, records in by_device.items():
+        heading = [f"## On {device}"] if len(by_device) > 1 else []
+        parts += [*heading, *sections(cells, records), *missing_runs(cells, records), *measured_on(records)]
+    markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_csv(table, cells, by_device)
+    return [markdown, table]
+
+
 def write_csv(path: Path, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]) -> None:
     """One line for each run that was recorded, with all measured values."""
     rows: list[dict[str, Any]] = []

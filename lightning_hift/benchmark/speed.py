@@ -24,7 +24,7 @@ from lightning_hift.benchmark.cell_process import MEASURED
 from lightning_hift.benchmark.kinds import check_options
 from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.records import Record
-from lightning_hift.benchmark.report import measured_on, missing_runs, number_text, write_csv
+from lightning_hift.benchmark.report import number_text, write_tables
 from lightning_hift.callback import HiFTCallback
 from lightning_hift.grouping import find_layer_units
 from lightning_hift.table import format_markdown
@@ -209,14 +209,7 @@ def write_report(
     benchmark: Benchmark, cells: Sequence[Cell], by_device: Mapping[str, Mapping[str, Record]]
 ) -> list[Path]:
     """Milliseconds and speeds by variant, the targets, and all values in CSV."""
-    markdown, table = Path(f"{benchmark.output}.md"), Path(f"{benchmark.output}.csv")
-    parts = [f"# {benchmark.title or 'Seconds per step'}", benchmark.about.strip()]
-    for device, records in by_device.items():
-        heading = [f"## On {device}"] if len(by_device) > 1 else []
-        parts += [*heading, *_sections(cells, records), *missing_runs(cells, records), *measured_on(records)]
-    markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
-    write_csv(table, cells, by_device)
-    return [markdown, table]
+    return write_tables(benchmark, cells, by_device, "Seconds per step", _sections)
 
 
 def _sections(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
