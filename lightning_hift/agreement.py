@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,27 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         f"Process {', '.join(map(str, others))} differs from process 0 in {key}: {_shortened(theirs.get(key))} against"
         f" {_shortened(first.get(key))}. All processes must run the same code with the same configuration."
     )
+
+
+def check_batch_counts(counts: Sequence[int | float], what: str) -> None:
+    """Compare how many batches the processes are about to run through.
+
+    Args:
+        counts: For each data loader of this process; infinite where it does not tell.
+        what: They are to ..., for the message.
+
+    Raises:
+        RuntimeError: In all processes: they differ, so that some would wait for the others without end.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(counts))
+    rank = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if rank is not None:
+        raise RuntimeError(
+            f"Process 0 has {everyone[0]} batches to {what}, process {rank} has {everyone[rank]}. With sharded weights"
+            " each batch needs all processes, and they would wait for each other without end. Use another batch_size,"
+            " with which all have the same number of batches, or give all of them as many rows."
+        )
 
 
 def check_identical(parameters: Mapping[str, nn.Parameter], step: int) -> None:

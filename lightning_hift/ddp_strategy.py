@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -163,15 +163,9 @@ class HiFTDDPStrategy(SeveralProcesses, DDPStrategy):
         self._share_buffers()
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning's, but with averages before its hooks on_after_backward.
-        assert self.lightning_module is not None
+    def backward_pass(self) -> AbstractContextManager[None]:
         assert self._sync is not None
-        plugin = self.precision_plugin
-        loss = plugin.pre_backward(closure_loss, self.lightning_module)
-        with self._sync.backward_pass():
-            plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
-        return plugin.post_backward(loss, self.lightning_module)
+        return self._sync.backward_pass()
 
     @override
     @contextmanager

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hift.agreement import check_batch_counts
+from lightning_hift.callback import HiFTCallback
+from lightning_hift.gradient_use import GradientUse
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import Offload
 from lightning_hift.several_processes import SeveralProcesses
@@ -26,7 +31,8 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
     Weights are those of the first process at the start. torch's ``fully_shard`` (FSDP2) is applied to each block that
     is a layer unit, and to the rest as a whole; a module that has done so in ``configure_model`` is left as it is. Each
     process keeps and steps the state of its part, so optimizers have to be element-wise, such as AdamW. All processes
-    must run the same layers in the same order.
+    must run the same blocks in the same order, on as many batches. Within a block they may use different parameters,
+    such as experts; those that none of them uses have no gradient, as in one process.
 
     Checkpoints are folders to which each process writes its part (``torch.distributed.checkpoint``). They are whole or
     absent, can be loaded by any number of processes, and ``lightning-hift consolidate`` makes one file of them, as
@@ -49,7 +55,8 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
 
     Raises:
         ValueError: As ``HiFTStrategy``; in ``fit``: an optimizer is not element-wise, or the precision is float16.
-        RuntimeError: In ``fit``: processes run different code or configurations.
+        RuntimeError: In ``fit``: processes run different code or configurations. In evaluation: they have different
+            numbers of batches.
     """
 
     strategy_name = "hift_fsdp"
@@ -79,6 +86,7 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.reshard_after_forward = reshard_after_forward
+        self._use: GradientUse | None = None
 
     @property
     @override
@@ -113,9 +121,38 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         reshard(module)
 
     @override
+    def on_attach(self, callback: HiFTCallback) -> None:
+        super().on_attach(callback)
+        assert self.lightning_module is not None
+        self._close()
+        self._use = GradientUse(self.lightning_module)
+
+    @override
+    def backward_pass(self) -> AbstractContextManager[None]:
+        assert self._use is not None
+        assert self._hift is not None
+        named = [item for engine in self._hift.engines for item in engine.parameters.items()]
+        return self._use.backward_pass({name: p for name, p in named if p.requires_grad})
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._reshard()
+
+    @override
+    def on_validation_start(self) -> None:
+        trainer = self._trainer
+        check_batch_counts(
+            trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches, "validate"
+        )
+
+    @override
+    def on_test_start(self) -> None:
+        check_batch_counts(self._trainer.num_test_batches, "test")
+
+    @override
+    def on_predict_start(self) -> None:
+        check_batch_counts(self._trainer.num_predict_batches, "predict")
 
     # Evaluation leaves gathered what training would have freed; whoever looks for parameters then would find copies.
     @override
@@ -129,6 +166,21 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
     @override
     def on_predict_end(self) -> None:
         self._reshard()
+
+    @override
+    def teardown(self) -> None:
+        self._close()
+        super().teardown()
+
+    def _close(self) -> None:
+        if self._use is not None:
+            self._use.close()
+            self._use = None
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     def _reshard(self) -> None:
         assert self.lightning_module is not None

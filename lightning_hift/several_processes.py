@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.agreement import check_agreement, describe_run
@@ -34,6 +39,20 @@ class SeveralProcesses(StateHousing, ParallelStrategy):
     @override
     def on_attach(self, callback: HiFTCallback) -> None:
         check_agreement(describe_run(self, callback))
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning's, but with gradients that all processes have agreed on before its hooks on_after_backward.
+        assert self.lightning_module is not None
+        plugin = self.precision_plugin
+        loss = plugin.pre_backward(closure_loss, self.lightning_module)
+        with self.backward_pass():
+            plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        return plugin.post_backward(loss, self.lightning_module)
+
+    @abstractmethod
+    def backward_pass(self) -> AbstractContextManager[None]:
+        """Around each backward pass: afterwards all processes have the same gradients, or parts of them."""
 
     def take_from_first(self, tensor: Tensor) -> None:
         """Give ``tensor`` the values that it has in the first process."""

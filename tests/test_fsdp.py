@@ -27,6 +27,7 @@ from lightning_hift.sharded_checkpoint import consolidate
 from lightning_hift.tasks.chunked_loss import chunked_loss
 from tests.models import (
     VOCABULARY,
+    WIDTH,
     Automatic,
     Manual,
     ResumableLoader,
@@ -336,6 +337,27 @@ def test_checkpoints_evaluation_and_another_fit(two, tmp_path):
     assert_close(first[5], expected[5])
 
 
+def run_uneven(what, batch_size):
+    """7 rows, which two processes cannot share; validation gets one of them twice."""
+    run = trainer(strategy=HiFTFSDPStrategy(), devices=2, callbacks=[as_published()], limit_val_batches=10)
+    seven = torch.utils.data.Subset(rows(1, 2), range(7))
+    if what == "predict":
+        return [len(part) for part in run.predict(Predicting(sgd), DataLoader(seven, batch_size))]
+    return run.fit(Predicting(sgd), DataLoader(seven, batch_size), DataLoader(seven, 3 + run.global_rank))
+
+
+@pytest.mark.parametrize(("what", "counts"), [("predict", (4, 3)), ("validate", (2, 1))])
+def test_different_numbers_of_batches_are_refused(what, counts, two):
+    for error in two.run(run_uneven, what, 1):
+        assert isinstance(error, RuntimeError)
+        first, second = counts
+        assert f"Process 0 has [{first}] batches to {what}, process 1 has [{second}]" in str(error)
+
+
+def test_other_batch_sizes_predict_all_rows(two):
+    assert succeeded(two.run(run_uneven, "predict", 2)) == [[2, 2], [2, 1]]
+
+
 def run_full_disk(path):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
@@ -544,6 +566,108 @@ def test_processes_that_differ_are_refused_at_the_start(two):
     for error in two.run(run_with_rank):
         assert isinstance(error, RuntimeError)
         assert "Process 1 differs from process 0 in layer groups" in str(error)
+
+
+# --- parameters that not all processes use ----------------------------------------------------------------------------
+
+
+class Mixture(torch.nn.Module):
+    """Each token goes to one of the experts."""
+
+    def __init__(self, experts=12):
+        super().__init__()
+        self.router = torch.nn.Linear(WIDTH, experts)
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH) for _ in range(experts)])
+        self.used = []
+
+    def forward(self, x):
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            out = out + (chosen == index).unsqueeze(-1) * self.experts[index](x)
+        self.used.append(set(chosen.unique().tolist()))
+        return x + weight.unsqueeze(-1) * out
+
+
+class Experts(Automatic):
+    """Two of the blocks have experts, the head one for whole batches, and nobody uses the spare layer."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        for index in range(2):
+            self.net.blocks[index] = Mixture()
+        self.net.head.spare = torch.nn.Linear(4, 4)
+        self.reached = []
+
+    def on_after_backward(self):
+        self.reached.append([name for name, p in self.named_parameters() if p.grad is not None])
+
+
+def decaying(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.3)
+
+
+EXPERTS = {
+    "automatic": {},
+    "accumulated": {},
+    "slices": {"max_group_numel": 20},
+    "recomputed": {"activation_budget": 9000},
+    "kept": {"reshard_after_forward": False},
+}
+
+
+def run_experts(name, world=2):
+    model = Experts(decaying)
+    strategy = HiFTFSDPStrategy(**EXPERTS[name]) if world > 1 else HiFTStrategy()
+    run = trainer(
+        strategy=strategy,
+        devices=world,
+        callbacks=[as_published()],
+        use_distributed_sampler=False,
+        accumulate_grad_batches=2 if name == "accumulated" else 1,
+    )
+    run.fit(model, loader(rows(12, 2), world, run.global_rank))
+    return whole(model), [block.used for block in model.net.blocks[:2]], model.reached
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_what_no_process_uses_has_no_gradient_as_in_one(name, two):
+    (first, used, reached), (second, used_there, reached_there) = succeeded(two.run(run_experts, name))
+    expected, _, reached_in_one = run_experts(name, 1)
+    assert any(here != there for here, there in zip(used[0] + used[1], used_there[0] + used_there[1], strict=True))
+    assert (len(used[0] + used[1]) > 2 * 12) == (name == "recomputed")
+    assert reached == reached_there == reached_in_one
+    assert any(len([n for n in step if ".experts." in n]) not in (0, 24) for step in reached)
+    assert_close(first, expected)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Idle(torch.nn.Module):
+    """Its result does not depend on its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        self.linear(x)
+        return x
+
+
+class WithIdleBlock(Automatic):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.net.blocks[1] = Idle()
+
+
+def run_unreached():
+    return fit(HiFTFSDPStrategy(), 2, module=WithIdleBlock)
+
+
+def test_a_group_that_the_loss_does_not_reach_is_refused(two):
+    for error in two.run(run_unreached):
+        assert isinstance(error, RuntimeError)
+        assert "Layer group 2 (net.blocks.1) is the only one that trains at this step" in str(error)
 
 
 # --- more processes ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ FLOORS = [
         "engine",
         "attach",
         "gradient_sync",
+        "gradient_use",
         "state_partition",
         "state_gathering",
         "lending",
