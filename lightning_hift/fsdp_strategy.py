@@ -21,7 +21,7 @@ from lightning_hift.offload import Offload
 from lightning_hift.several_processes import SeveralProcesses
 from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
 from lightning_hift.sharded_tensors import as_sharded, local_part
-from lightning_hift.sharding import is_sharded_module, reshard, shard
+from lightning_hift.sharding import BackwardPrefetch, is_sharded_module, reshard, shard
 from lightning_hift.state_partition import ShardedState
 
 
@@ -87,6 +87,7 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         )
         self.reshard_after_forward = reshard_after_forward
         self._use: GradientUse | None = None
+        self._prefetch: BackwardPrefetch | None = None
 
     @property
     @override
@@ -117,7 +118,8 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         if not is_sharded_module(module):
             callback = self._callback(module.trainer)
             mesh = self.device_mesh["data_parallel"]
-            shard(module, mesh, self.take_from_first, callback.units, self.reshard_after_forward)
+            options = (self.take_from_first, callback.units, self.reshard_after_forward)
+            self._prefetch = shard(module, mesh, *options)
         reshard(module)
 
     @override
@@ -138,6 +140,8 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._reshard()
+        if self._prefetch is not None:
+            self._prefetch.follow()
 
     @override
     def on_validation_start(self) -> None:

@@ -6,7 +6,7 @@ head) is gathered for a whole step, so that code outside its modules' ``forward`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_hift.grouping import find_layer_units
+from lightning_hift.grouping import LayerUnit, find_layer_units
 from lightning_hift.module import HiFTModule
 from lightning_hift.sharded_tensors import is_sharded
 
@@ -33,7 +33,7 @@ def shard(
     prepare: Callable[[Tensor], Any],
     units: Sequence[str | Sequence[str]] | None = None,
     reshard_after_forward: bool | int = True,
-) -> None:
+) -> BackwardPrefetch:
     """Shard ``module`` in place; its parameters become ``DTensor`` s, each process holding some of their rows.
 
     Args:
@@ -44,12 +44,18 @@ def shard(
         reshard_after_forward: Free the weights of a block after its forward pass, to be gathered again for its
             backward pass. A number: divide them among so many processes meanwhile.
 
+    Returns:
+        What has to follow which parameters train.
+
     Raises:
         ValueError: Parameters belong to the LightningModule itself, in manual optimization.
     """
     roots = _roots(module)
     prepared: set[Tensor] = set()
-    for part in (*find_blocks(module, units), module):
+    is_trainable = any(p.requires_grad for p in module.parameters())
+    found = find_layer_units(module, units) if is_trainable else []
+    blocks = _find_blocks(module, found)
+    for part in (*blocks.values(), module):
         for tensor in (*part.parameters(), *part.buffers()):
             if not is_sharded(tensor) and tensor not in prepared:
                 prepare(tensor.detach())
@@ -63,21 +69,51 @@ def shard(
         for name in (step, *_EVALUATION_STEPS):
             if name == "training_loss" or is_overridden(name, module):
                 register_fsdp_forward_method(module, name)
+    return BackwardPrefetch(module, {unit: blocks.get(unit) for unit in found}, roots)
 
 
-def find_blocks(module: nn.Module, units: Sequence[str | Sequence[str]] | None = None) -> list[nn.Module]:
+class BackwardPrefetch:
+    """Keeps FSDP2 from gathering a block that the backward pass will not come to.
+
+    While the backward pass is in one block, FSDP2 gathers the one below. Below the lowest unit that trains, nobody
+    needs it and nobody frees it.
+
+    Args:
+        module: Sharded.
+        units: All layer units in forward order, each with its block, if it is one.
+        roots: What is gathered for a whole step.
+    """
+
+    def __init__(
+        self, module: nn.Module, units: Mapping[LayerUnit, nn.Module | None], roots: Sequence[nn.Module]
+    ) -> None:
+        self._module = module
+        self._root = roots[0] if len(roots) == 1 else None
+        self._parts = [self._root if block is None else block for block in units.values()]
+        self._names = [list(unit.parameters) for unit in units]
+
+    def follow(self) -> None:
+        """To be called whenever other parameters train."""
+        trains = [any(self._module.get_parameter(name).requires_grad for name in names) for names in self._names]
+        above = self._parts[trains.index(True) :] if any(trains) else []
+        last = next((part for part in above if part is not self._root), self._root)
+        for part in self._parts:
+            if isinstance(part, FSDPModule):  # itself is there already, so that nothing is gathered
+                part.set_modules_to_backward_prefetch([part] if part is last else [])
+
+
+def _find_blocks(module: nn.Module, units: Iterable[LayerUnit]) -> dict[LayerUnit, nn.Module]:
     """The modules that are layer units by themselves and share no parameter with any other module."""
     uses: dict[int, int] = {}
     for _, p in module.named_parameters(remove_duplicate=False):
         uses[id(p)] = uses.get(id(p), 0) + 1
-    found = []
-    is_trainable = any(p.requires_grad for p in module.parameters())
-    for unit in find_layer_units(module, units) if is_trainable else ():
+    found = {}
+    for unit in units:
         if unit.name in unit.modules and len(unit.modules) == 1:
             block = module.get_submodule(unit.name)
             own = [id(p) for _, p in block.named_parameters(remove_duplicate=False)]
             if all(own.count(i) == uses[i] for i in own) and type(block).forward is not nn.Module.forward:
-                found.append(block)
+                found[unit] = block
     return found
 
 

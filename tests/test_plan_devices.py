@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_hift.gradient_sync import copied_bytes
 from lightning_hift.memory import CONTEXT_BYTES
+from lightning_hift.module import HiFTModule
 from lightning_hift.planner.forecast import Forecast, forecast
 from lightning_hift.planner.partition import divide
 from lightning_hift.planner.plan import Plan, make_plan
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.trainer import HiFTTrainer
-from tests.models import language_model
+from tests.models import Rows, as_published, language_model, next_token_loss, tokens, trainer
+from tests.processes import Processes, succeeded
 from tests.test_plan import GIB, LLAMA, MIB, command, config, published
 
 __all__ = ["command"]  # a fixture
@@ -99,6 +106,69 @@ def test_rows_are_rounded_up_to_the_devices() -> None:
     assert found.groups[1].weights == 2 * (32 * 32 + 4 * block + head) + BUFFERS
     assert found.groups[1].gradients == 2 * block
     assert found.groups[5].sent == 2 * 3 * (32 * 32 + 4 * block + head + head) * 2 // 3
+
+
+class Counted(pl.Callback):
+    """Bytes of the whole tensors that were gathered or scattered, by the group that was trained meanwhile."""
+
+    def __init__(self) -> None:
+        self.exchanged: dict[int, int] = {}
+        self._now = 0
+        gather, scatter = ("all_gather_single", "reduce_scatter_single")  # since torch 2.13
+        if not hasattr(dist, gather):
+            gather, scatter = ("all_gather_into_tensor", "reduce_scatter_tensor")
+        self._whole = {gather: "output", scatter: "input"}
+        self._before = {name: getattr(dist, name) for name in self._whole}
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        for name, collective in self._before.items():
+            setattr(dist, name, self._counting(collective, self._whole[name]))
+
+    def _counting(self, collective: Callable[..., Any], whole: str) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(collective).bind(*args, **kwargs).arguments
+            self._now += next(value for name, value in given.items() if name.startswith(whole)).nbytes
+            return collective(*args, **kwargs)
+
+        return count
+
+    def on_train_batch_start(self, run: pl.Trainer, *args: Any) -> None:
+        self._now = 0
+
+    def on_after_backward(self, run: pl.Trainer, module: pl.LightningModule) -> None:
+        (engine,) = run.callbacks[0].engines  # type: ignore[attr-defined]
+        self.exchanged[engine.active_group.index] = self._now
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        for name, collective in self._before.items():
+            setattr(dist, name, collective)
+
+
+class TinyLlama(HiFTModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = language_model("llama", LLAMA)
+
+    def training_loss(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return next_token_loss(lambda tokens: self.net(tokens).logits, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def run_counted(rank_count: int) -> dict[int, int]:
+    counted = Counted()
+    run = trainer(strategy="hift_fsdp", devices=rank_count, callbacks=[as_published(), counted], max_steps=6)
+    run.fit(TinyLlama(), DataLoader(Rows(tokens(18)), 4))
+    return counted.exchanged
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_run_exchanges_what_is_planned(count: int, two: Processes, three: Processes) -> None:
+    planned = plan_of(strategy="hift_fsdp", devices=count, precision="32-true", group_size=1)
+    found, *others = succeeded({2: two, 3: three}[count].run(run_counted, count))
+    assert found == {index: group.exchanged for index, group in planned.groups.items()}
+    assert all(other == found for other in others)
 
 
 def test_gradients_that_leave_are_no_activations() -> None:
