@@ -1,5 +1,6 @@
 """``lightning-hift bench``: the matrix, the runs in processes of their own, the records, the report."""
 
+import contextlib
 import csv
 import json
 import os
@@ -486,6 +487,34 @@ def test_an_interrupted_benchmark_goes_on(here, sent):
     assert "Written: out/it.md" in done.stdout
     assert read_records(records)[: len(first)] == first
     assert sorted(record["cell"]["seed"] for record in read_records(records)) == [0, 1, 2]
+
+
+def runs_of(parent=None):
+    """Numbers of the processes that make runs; default: all, else those that ``parent`` has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, started_by = path.read_text().rpartition(")")[2].split()[:2]
+            makes_runs = b"benchmark.cell_process" in path.with_name("cmdline").read_bytes()
+            if makes_runs and state != "Z" and parent in (None, int(started_by)):
+                found.append(int(path.parent.name))
+    return found
+
+
+def eventually(happened):
+    return any(happened() or time.sleep(0.1) for _ in range(600))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_a_killed_benchmark_leaves_no_run_behind(here):
+    path = write(options={"what": "sleep"})
+    started = subprocess.Popen([sys.executable, "-m", "lightning_hift", "bench", "--config", path])
+    assert eventually(lambda: runs_of(started.pid))
+    (run,) = runs_of(started.pid)
+    started.kill()
+    started.wait()
+    assert run in runs_of()
+    assert eventually(lambda: run not in runs_of())
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

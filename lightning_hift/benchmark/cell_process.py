@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from lightning_hift.benchmark.records import Record
 
 MEASURED, SKIPPED, OUT_OF_MEMORY, TIMED_OUT, FAILED = "measured", "skipped", "out of memory", "timed out", "failed"
 _MODULE = "lightning_hift.benchmark.cell_process"
+_POLL_SECONDS = 1.0
 _LONGEST = 400  # characters of a reason
 _MISSING = ("No module named", "pip install", "needs a CUDA")
 
@@ -31,13 +36,14 @@ def write_request(
     """Describe a run in a file of ``folder``; returns where its outcome will be, and the command that makes it."""
     request = folder / "request.json"
     told = {"kind": kind, "configs": list(configs), "options": dict(options), "threads": threads}
-    request.write_text(json.dumps({**told, "device_memory": device_memory}))
+    request.write_text(json.dumps({**told, "device_memory": device_memory, "parent": os.getpid()}))
     return request.with_suffix(".out"), [sys.executable, "-m", _MODULE, str(request)]
 
 
 def main(request: Path) -> None:
     """Make the run that ``request`` describes, and write its outcome to ``request`` with the suffix ``.out``."""
     told = json.loads(request.read_text())
+    threading.Thread(target=_end_with, args=(told["parent"],), daemon=True).start()
     if told["device_memory"] is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, told["device_memory"] / total))
@@ -45,6 +51,13 @@ def main(request: Path) -> None:
         torch.set_num_threads(told["threads"])
     outcome = run_cell(told["kind"], told["configs"], told["options"], request.parent)
     request.with_suffix(".out").write_text(json.dumps(outcome))
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and all that it has started, when the benchmark is gone: nobody would take the outcome."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def run_cell(kind: str, configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Record:

@@ -175,7 +175,7 @@ def _expected_seconds(cell: Cell, known: Mapping[str, Record]) -> float | None:
     like = [
         record["wall_seconds"]
         for record in known.values()
-        if "wall_seconds" in record and _like(Cell(record["cell"])) == _like(cell)
+        if record["status"] == MEASURED and "wall_seconds" in record and _like(Cell(record["cell"])) == _like(cell)
     ]
     return median(like) if like else None
 
