@@ -37,7 +37,7 @@ from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy, check_count
 from lightning_hift.sharded_tensors import is_sharded
 
-_ORDER: Order = "top2down"
+_ORDER: Order = "bottom2up"
 _STEPS_PER_GROUP = 4
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 

@@ -693,7 +693,7 @@ def test_defaults_are_hifts_own_and_those_of_a_policy():
 
     assert of(HiFTCallback()) == ("balanced", "auto", 4)
     assert of(HiFTCallback(policy="BAdam")) == (1, 1.0, 50)
-    assert HiFTCallback().policy.order == "top2down"
+    assert HiFTCallback().policy.order == "bottom2up"
     assert HiFTCallback(policy="LISA", group_size="balanced", lr_scale="auto").lr_scale == "auto"
 
 
