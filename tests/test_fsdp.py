@@ -477,14 +477,21 @@ class TwoOptimizers(Automatic):
         return self.make_optimizer(first), self.make_optimizer(last)
 
 
+class Compiled(Automatic):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        for block in self.net.blocks:
+            block.compile(backend="eager")
+
+
 class Language(HiFTModule):
     """A language model of transformers, whose head is used outside of its forward; blocks are recomputed."""
 
-    def __init__(self, make_optimizer):
+    def __init__(self, make_optimizer, kind="llama", **more):
         super().__init__()
         torch.manual_seed(5)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-        self.net = language_model("llama", {**sizes, "num_key_value_heads": 1, "vocab_size": VOCABULARY})
+        self.net = language_model(kind, {**sizes, "num_key_value_heads": 1, "vocab_size": VOCABULARY, **more})
         self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.make_optimizer = make_optimizer
 
@@ -495,7 +502,24 @@ class Language(HiFTModule):
         return self.make_optimizer(self.parameters())
 
 
-MODULES = [Language, OwnManual, Tied, TiedBlocks, OwnParameter, ShardedByItself, TwoOptimizers]
+class LanguageMixture(Language):
+    """With more experts than the tokens of a batch may need."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer, "mixtral", num_local_experts=16, num_experts_per_tok=2)
+
+
+MODULES = [
+    Language,
+    LanguageMixture,
+    Compiled,
+    OwnManual,
+    Tied,
+    TiedBlocks,
+    OwnParameter,
+    ShardedByItself,
+    TwoOptimizers,
+]
 
 
 def run_module(module):
