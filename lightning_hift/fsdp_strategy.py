@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,7 +22,7 @@ from lightning_hift.offload import Offload
 from lightning_hift.several_processes import SeveralProcesses
 from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
 from lightning_hift.sharded_tensors import as_sharded, local_part
-from lightning_hift.sharding import BackwardPrefetch, is_sharded_module, reshard, shard
+from lightning_hift.sharding import BackwardPrefetch, is_sharded_module, look_at_dtypes, reshard, shard
 from lightning_hift.state_partition import ShardedState
 
 
@@ -121,6 +122,13 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
             options = (self.take_from_first, callback.units, self.reshard_after_forward)
             self._prefetch = shard(module, mesh, *options)
         reshard(module)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
+            look_at_dtypes(self.lightning_module)
 
     @override
     def on_attach(self, callback: HiFTCallback) -> None:

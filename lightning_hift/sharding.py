@@ -7,7 +7,7 @@ head) is gathered for a whole step, so that code outside its modules' ``forward`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -70,6 +70,28 @@ def shard(
             if name == "training_loss" or is_overridden(name, module):
                 register_fsdp_forward_method(module, name)
     return BackwardPrefetch(module, {unit: blocks.get(unit) for unit in found}, roots)
+
+
+def look_at_dtypes(module: nn.Module) -> None:
+    """Let FSDP2 see in which dtypes gradients are, while all that will ever train is trainable.
+
+    It looks at the first forward pass, and at what is trainable then, which under HiFT is one group.
+
+    Raises:
+        ValueError: Parameters that are sharded together have different dtypes.
+    """
+    inner: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and part not in inner:
+            inner.update(part.modules())
+            try:
+                cast(Any, fully_shard).state(part)._lazy_init()
+            except AssertionError as error:
+                raise ValueError(
+                    f"{error} Parameters of one block are sharded together, and so are those that are in no block."
+                    " Convert all to one dtype, use precision='bf16-true', or call fully_shard in configure_model on"
+                    " those of another dtype by themselves."
+                ) from error
 
 
 class BackwardPrefetch:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -533,6 +533,39 @@ def test_modules(module, two):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+class ShardedInBfloat16(Automatic):
+    """Computes in bfloat16, with gradients that are summed up in float32."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.dtypes = set()
+
+    def configure_model(self):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for part in (*self.net.blocks, self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+
+    def on_after_backward(self):
+        self.dtypes.update(p.grad.dtype for p in self.parameters() if p.grad is not None)
+
+
+def run_in_bfloat16():
+    model = ShardedInBfloat16(sgd)
+    run = trainer(
+        strategy=HiFTFSDPStrategy(), devices=2, callbacks=[as_published()], use_distributed_sampler=False, max_steps=11
+    )
+    run.fit(model, loader(rows(11, 2), 2, run.global_rank))
+    return whole(model), model.dtypes
+
+
+def test_a_module_with_a_precision_of_its_own(two):
+    expected = fit(HiFTStrategy(), 1)
+    for found, dtypes in succeeded(two.run(run_in_bfloat16)):
+        assert dtypes == {torch.float32}
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-3)  # 8 bits of activations
+
+
 class OwnManualParameter(OwnManual):
     def __init__(self, make_optimizer):
         super().__init__(make_optimizer)
@@ -544,6 +577,12 @@ class TiedBySharding(ShardedByItself):
         self.net.head.weight = self.net.embedding.weight
         fully_shard(self.net.embedding, mesh=self.device_mesh["data_parallel"])
         super().configure_model()
+
+
+class OneInDouble(Automatic):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.net.blocks[1].norm.double()
 
 
 class Lars(torch.optim.SGD):
@@ -567,6 +606,7 @@ REFUSED = {
     "own parameters": ({"module": OwnManualParameter}, "has the parameters ['scale'] of its own"),
     "not element-wise": ({"make_optimizer": lars}, "Lars does not compute the same for parts of a parameter"),
     "tied over shards": ({"module": TiedBySharding}, "shared"),
+    "two dtypes in a block": ({"module": OneInDouble}, "Convert all to one dtype, use precision='bf16-true'"),
 }
 
 
