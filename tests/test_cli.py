@@ -249,7 +249,7 @@ def test_plain_can_be_saved_and_run_again(config: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("fit --plain=true", "got group_size=2, always_active=['head'] beside plain=true"),
+        ("fit --plain=true", "got group_size=2, order='top2down', always_active=['head'] beside plain=true"),
         ("groups --plain=true", "groups shows layer groups, and plain=true trains without"),
         ("plan --plain=true", "plan shows layer groups, and plain=true trains without"),
         ("fit --plain=maybe", "plain"),
