@@ -118,9 +118,13 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
         assert module is not None
         if not is_sharded_module(module):
             callback = self._callback(module.trainer)
-            mesh = self.device_mesh["data_parallel"]
-            options = (self.take_from_first, callback.units, self.reshard_after_forward)
-            self._prefetch = shard(module, mesh, *options)
+            self._prefetch = shard(
+                module,
+                self.device_mesh["data_parallel"],
+                self.take_from_first,
+                callback.units,
+                self.reshard_after_forward,
+            )
         reshard(module)
 
     @override
