@@ -73,6 +73,7 @@ CASES = {
     "accumulated": {"accumulate_grad_batches": 3},
     "random_order": {"callback": {"order": "random", "reshuffle": True}},
     "head_always_active": {"callback": {"always_active": ["net.head"]}},
+    "ragged_last_batch": {"count": 2 * (10 * ROWS + 2)},
 }
 
 
