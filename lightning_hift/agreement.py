@@ -49,8 +49,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: In all processes: they differ. The message names the processes and the first difference.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(facts))
+    everyone = _of_everyone(dict(facts))
     first = everyone[0]
     others = [rank for rank, theirs in enumerate(everyone) if theirs != first]
     if not others:
@@ -73,8 +72,7 @@ def check_batch_counts(counts: Sequence[int | float], what: str) -> None:
     Raises:
         RuntimeError: In all processes: they differ, so that some would wait for the others without end.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(counts))
+    everyone = _of_everyone(list(counts))
     rank = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
     if rank is not None:
         raise RuntimeError(
@@ -106,6 +104,13 @@ def check_identical(parameters: Mapping[str, nn.Parameter], step: int) -> None:
             " set in one process and not in the others, or is drawn at random by each of them. Mend that, and resume"
             " from the last checkpoint."
         )
+
+
+def _of_everyone(value: Any) -> list[Any]:
+    """What each process gives, in the order of their ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _sum_of_bits(p: Tensor) -> Tensor:

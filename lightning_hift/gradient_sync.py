@@ -132,12 +132,8 @@ class GradientSync:
         for bucket in self._queue[self._next :]:
             self._send(bucket)
         parameters = [p for bucket in self._queue for p in bucket.parameters]
-        missing = [p for p in parameters if p.grad is None]
-        device = parameters[0].device
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8).to(device, non_blocking=True)
-        dist.all_reduce(there, dist.ReduceOp.MAX, group=self._group)
-        # Read only where it matters: on a GPU, reading waits.
-        somewhere = dict(zip(parameters, there.tolist(), strict=True)) if missing else {}
+        here = [p.grad is not None for p in parameters]
+        somewhere = dict(zip(parameters, anywhere(here, parameters[0].device, self._group), strict=True))
         for bucket in self._queue:
             bucket.work.wait()
             assert bucket.sent is not None
@@ -151,6 +147,20 @@ class GradientSync:
                     p.grad = part.view_as(p).clone()
         for bucket in self._queue:
             bucket.sent = bucket.work = None
+
+
+def anywhere(here: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
+    """Which of some facts hold in any process.
+
+    Args:
+        here: Whether they hold in this one, in the same order in all of them.
+        device: Of a kind that the processes can send from.
+        group: The processes; default: all.
+    """
+    flags = torch.tensor(here, dtype=torch.uint8).to(device, non_blocking=True)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    # Read only where it matters: on a GPU, reading waits.
+    return list(here) if all(here) else [bool(flag) for flag in flags.tolist()]
 
 
 def copied_bytes(gradients: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES) -> int:

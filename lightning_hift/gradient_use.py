@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_hift.gradient_sync import anywhere
 from lightning_hift.sharded_tensors import is_sharded
 
 
@@ -71,11 +71,7 @@ class GradientUse:
 
     def _settle(self, parameters: Mapping[str, nn.Parameter]) -> None:
         used = [name in self._reached or name not in self._watched for name in parameters]
-        device = next(iter(parameters.values())).device
-        anywhere = torch.tensor(used, dtype=torch.uint8).to(device, non_blocking=True)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        # Read only where it matters: on a GPU, reading waits.
-        somewhere = used if all(used) else anywhere.tolist()
+        somewhere = anywhere(used, next(iter(parameters.values())).device)
         for (name, p), here, there in zip(parameters.items(), used, somewhere, strict=True):
             if not there:
                 p.grad = None

@@ -461,6 +461,10 @@ def test_what_depends_on_a_failure_is_skipped(here, monkeypatch):
     assert len(read_records(Path("out/it.jsonl"))) == 2  # what was not run can be run later
 
 
+def eventually(happened):
+    return any(happened() or time.sleep(0.1) for _ in range(600))
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_goes_on(here, sent):
     path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
@@ -473,10 +477,7 @@ def test_an_interrupted_benchmark_goes_on(here, sent):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
     )
     records = Path("out/it.jsonl")
-    for _ in range(600):
-        if records.exists() and len(read_records(records)) >= 1:
-            break
-        time.sleep(0.1)
+    assert eventually(lambda: records.exists() and len(read_records(records)) >= 1)
     process.send_signal(sent)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
@@ -499,10 +500,6 @@ def runs_of(parent=None):
             if makes_runs and state != "Z" and parent in (None, int(started_by)):
                 found.append(int(path.parent.name))
     return found
-
-
-def eventually(happened):
-    return any(happened() or time.sleep(0.1) for _ in range(600))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")

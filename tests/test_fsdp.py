@@ -453,11 +453,12 @@ class OwnParameter(Automatic):
 
 
 class ShardedByItself(Automatic):
+    policy = MixedPrecisionPolicy()
+
     def configure_model(self):
         if self.trainer.world_size > 1:
-            for block in self.net.blocks:
-                fully_shard(block, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            for part in (*self.net.blocks, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
 
 
 class TwoOptimizers(Automatic):
@@ -534,17 +535,14 @@ def test_modules(module, two):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-class ShardedInBfloat16(Automatic):
+class ShardedInBfloat16(ShardedByItself):
     """Computes in bfloat16, with gradients that are summed up in float32."""
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def __init__(self, make_optimizer):
         super().__init__(make_optimizer)
         self.dtypes = set()
-
-    def configure_model(self):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for part in (*self.net.blocks, self.net):
-            fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
     def on_after_backward(self):
         self.dtypes.update(p.grad.dtype for p in self.parameters() if p.grad is not None)
@@ -552,11 +550,7 @@ class ShardedInBfloat16(Automatic):
 
 def run_in_bfloat16():
     model = ShardedInBfloat16(sgd)
-    run = trainer(
-        strategy=HiFTFSDPStrategy(), devices=2, callbacks=[as_published()], use_distributed_sampler=False, max_steps=11
-    )
-    run.fit(model, loader(rows(11, 2), 2, run.global_rank))
-    return whole(model), model.dtypes
+    return fit(HiFTFSDPStrategy(), 2, module=lambda _: model), model.dtypes
 
 
 def test_a_module_with_a_precision_of_its_own(two):
@@ -655,7 +649,7 @@ class Mixture(torch.nn.Module):
 
 
 class Experts(Automatic):
-    """Two of the blocks have experts, the head one for whole batches, and nobody uses the spare layer."""
+    """Two of the blocks have experts, and nobody uses the spare layer."""
 
     def __init__(self, make_optimizer):
         super().__init__(make_optimizer)
@@ -674,25 +668,19 @@ def decaying(parameters):
 
 EXPERTS = {
     "automatic": {},
-    "accumulated": {},
-    "slices": {"max_group_numel": 20},
-    "recomputed": {"activation_budget": 9000},
-    "kept": {"reshard_after_forward": False},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "slices": {"strategy": {"max_group_numel": 20}},
+    "recomputed": {"strategy": {"activation_budget": 9000}},
+    "kept": {"strategy": {"reshard_after_forward": False}},
 }
 
 
 def run_experts(name, world=2):
-    model = Experts(decaying)
-    strategy = HiFTFSDPStrategy(**EXPERTS[name]) if world > 1 else HiFTStrategy()
-    run = trainer(
-        strategy=strategy,
-        devices=world,
-        callbacks=[as_published()],
-        use_distributed_sampler=False,
-        accumulate_grad_batches=2 if name == "accumulated" else 1,
-    )
-    run.fit(model, loader(rows(12, 2), world, run.global_rank))
-    return whole(model), [block.used for block in model.net.blocks[:2]], model.reached
+    model, options = Experts(decaying), dict(EXPERTS[name])
+    of_strategy = options.pop("strategy", {})
+    strategy = HiFTFSDPStrategy(**of_strategy) if world > 1 else HiFTStrategy()
+    found = fit(strategy, world, module=lambda _: model, steps=12, **options)
+    return found, [block.used for block in model.net.blocks[:2]], model.reached
 
 
 @pytest.mark.parametrize("name", EXPERTS)

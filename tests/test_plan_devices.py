@@ -156,9 +156,9 @@ class TinyLlama(HiFTModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def run_counted(rank_count: int) -> dict[int, int]:
+def run_counted(world: int) -> dict[int, int]:
     counted = Counted()
-    run = trainer(strategy="hift_fsdp", devices=rank_count, callbacks=[as_published(), counted], max_steps=6)
+    run = trainer(strategy="hift_fsdp", devices=world, callbacks=[as_published(), counted], max_steps=6)
     run.fit(TinyLlama(), DataLoader(Rows(tokens(18)), 4))
     return counted.exchanged
 
