@@ -20,7 +20,7 @@ from lightning_hift.benchmark.cell_process import run_cell
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
 from lightning_hift.benchmark.records import append_record, merge_records, read_records
-from lightning_hift.benchmark.report import write_report
+from lightning_hift.benchmark.report import measured_on, write_report
 from lightning_hift.benchmark.runner import Runner, is_loss
 from lightning_hift.benchmark.summary import summarize
 from tests.text_models import WORDS, save_network, save_tokenizer
@@ -558,6 +558,12 @@ def test_the_report_has_means_ratios_and_reasons(reported):
     assert ["fast", "-10.00", "-10.00", "-10.00", "0.50", "2.00"] in rows
     assert "- failed: it is broken: x broken 0; x broken 1; y broken 0; y broken 1" in text
     assert "torch 9; commit abc (12 runs)" in text
+
+
+def test_a_machine_is_named_once_with_all_its_commits():
+    passport = {"device": "CPU", "driver": None, "versions": {"torch": "9"}}
+    records = {str(i): {"passport": {**passport, "commit": commit}} for i, commit in enumerate(["abc", "def", "abc"])}
+    assert measured_on(records) == ["## Measured on", "- CPU; torch 9; commits abc (2 runs), def (1 run)"]
 
 
 def test_every_picture_that_the_report_shows_is_there(reported):

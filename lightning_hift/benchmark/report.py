@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -261,21 +262,25 @@ def missing_runs(cells: Sequence[Cell], records: Mapping[str, Record], benchmark
 
 def measured_on(records: Mapping[str, Record]) -> list[str]:
     """A section with what the runs were measured on; empty if there are none."""
-    found: dict[str, int] = {}
+    found: dict[str, Counter[str]] = {}
     for record in records.values():
-        line = passport_line(record)
-        found[line] = found.get(line, 0) + 1
+        found.setdefault(_machine(record), Counter())[str(record["passport"]["commit"])] += 1
     if not found:
         return []
-    return ["## Measured on", "\n".join(f"- {line} ({count} runs)" for line, count in found.items())]
+    lines = [
+        f"- {machine}; {'commits' if len(commits) > 1 else 'commit'} "
+        + ", ".join(f"{commit} ({count} {'runs' if count > 1 else 'run'})" for commit, count in commits.items())
+        for machine, commits in found.items()
+    ]
+    return ["## Measured on", "\n".join(lines)]
 
 
-def passport_line(record: Record) -> str:
-    """What a run was measured on, but for the memory that was free."""
+def _machine(record: Record) -> str:
+    """What a run was measured on, but for the memory that was free and the commit."""
     passport = record["passport"]
     packages = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
     driver = f", driver {passport['driver']}" if passport["driver"] else ""
-    return f"{passport['device']}{driver}; {packages}; commit {passport['commit']}"
+    return f"{passport['device']}{driver}; {packages}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
