@@ -125,6 +125,18 @@ def test_accumulation_does_not_hide_gradients(window, tmp_path):
     assert one["residual"] <= several["residual"] <= one["residual"] + one["gradients"]
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_hift_may_stand_before_or_after(window, tmp_path):
+    def by_group(*callbacks):
+        fit([*callbacks], accumulate_grad_batches=window, max_epochs=6)
+        found = json.loads((tmp_path / "it").read_text())["memory_by_group"]
+        return {name: parts["gradients"] for name, parts in found.items()}
+
+    before = by_group(RunMeasures(tmp_path / "it"), as_published())
+    assert before == by_group(as_published(), RunMeasures(tmp_path / "it"))
+    assert len(set(before.values())) == len(before) == 3
+
+
 def test_state_in_objects_and_in_quantized_tensors_is_counted():
     optim = pytest.importorskip("torchao.optim")
     weight = nn.Parameter(torch.randn(256, 256))

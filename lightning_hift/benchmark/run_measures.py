@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class RunMeasures(RunMeter):
         self._rate = 0.0
         self._exposed_ms = 0.0
         self._host_state = 0
-        self._seen: dict[tuple[bool, ...], int] = {}  # elements of the largest batch, by what was trained
+        self._seen: dict[Hashable, int] = {}  # elements of the largest batch, by what trains
+        self._trains: Hashable = None  # in this batch
         self._by_group: dict[str, dict[str, int]] = {}
         self._gradients = 0
         self._accumulated = 0  # bytes of gradients of the micro-batches before this one
@@ -71,12 +73,12 @@ class RunMeasures(RunMeter):
         self._gradients = self._activations = 0
         self._accumulated = _gradient_bytes(pl_module)
         self._step_before = trainer.global_step
-        active = tuple(p.requires_grad for p in pl_module.parameters())
+        self._trains = _what_trains(trainer, pl_module)
         size = sum(t.numel() for t in tree_leaves(batch) if isinstance(t, Tensor))
-        has_room = active in self._seen or len(self._seen) < _MOST_SETS
-        if not self.memory or not has_room or size < _LARGER * self._seen.get(active, 0):
+        has_room = self._trains in self._seen or len(self._seen) < _MOST_SETS
+        if not self.memory or not has_room or size < _LARGER * self._seen.get(self._trains, 0):
             return
-        self._seen[active] = size
+        self._seen[self._trains] = size
         self.stop()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -107,7 +109,7 @@ class RunMeasures(RunMeter):
             if has_stepped:
                 self._note_memory(trainer, pl_module)
             else:  # look at the batch that ends the step
-                del self._seen[tuple(p.requires_grad for p in pl_module.parameters())]
+                del self._seen[self._trains]
             self.start()
         self._tokens = self._tokens + (count_tokens(batch) or 0)
         self._note_loss(trainer, outputs)
@@ -204,6 +206,14 @@ class RunMeasures(RunMeter):
         groups = {name: {**parts, "state": self.state_bytes} for name, parts in self._by_group.items()}
         peak = max(groups.values(), key=lambda parts: sum(parts.values()))
         return {"memory": {**peak, "total": sum(peak.values())}, "memory_by_group": groups}
+
+
+def _what_trains(trainer: pl.Trainer, module: pl.LightningModule) -> Hashable:
+    """In the batch that begins, for which HiFT may choose the group after this callback has had its turn."""
+    hift = find_callback(trainer)
+    if hift is None:
+        return tuple(p.requires_grad for p in module.parameters())
+    return tuple(engine.policy.groups_at(engine.step) for engine in hift.engines)
 
 
 def _weight_bytes(module: pl.LightningModule) -> int:
