@@ -51,7 +51,7 @@ def test_equals_the_plain_twin(options: dict[str, Any]) -> None:
 
 def test_it_learns() -> None:
     model, (batch,) = Net(), tokens(1)
-    optimizer = MeZO(model.parameters(), lr=0.02, eps=1e-2)
+    optimizer = MeZO(model.parameters(), lr=0.01, eps=1e-2)  # at 0.02 rounding decides where it ends
     losses = [float(optimizer.step(lambda: next_token_loss(model, batch))) for _ in range(300)]
     assert losses[-1] < 0.8 * losses[0]
 
