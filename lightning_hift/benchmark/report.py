@@ -182,7 +182,8 @@ def _over_tasks(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
         times = [ratio for line in by_task.values() if (ratio := line.ratio("time")) is not None]
         speeds = [1 / ratio for line in by_task.values() if (ratio := line.ratio("time_per_step"))]
         known = [gain for gain in gains if gain is not None]
-        told = f"{mean(known):+.2f}" + ("" if len(known) == len(tasks) else f" ({len(known)} tasks)")
+        of = "" if len(known) == len(tasks) else f" ({len(known)} of {len(tasks)} tasks)"
+        told = f"{mean(known):+.2f}{of}"
         rows.append([*map(str, kind), *(number_text(gain, "+.2f") for gain in gains), told])
         rows[-1] += [
             number_text(mean(times) if times else None, ".2f"),
