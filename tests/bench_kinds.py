@@ -49,7 +49,7 @@ def run(configs, options, folder):
         "memory_by_group": {"a": memory, "b": memory},
         "losses": [{"seconds": float(s), "cpu_seconds": float(s), "loss": 1 / s} for s in range(1, 1 + min(steps, 50))],
         "curve": [
-            {"step": s, "tokens": 7 * s, "seconds": s, "cpu_seconds": s, "val_accuracy": score / 2, "val_loss": 1.0}
-            for s in (1, steps)
+            {"step": s, "tokens": 7 * s, "seconds": t, "cpu_seconds": t, "val_accuracy": score / 2, "val_loss": 1.0}
+            for s, t in ((1, seconds / steps), (steps, seconds))
         ],
     }

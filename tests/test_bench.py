@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_hift.benchmark import report
 from lightning_hift.benchmark.cell_process import run_cell
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
+from lightning_hift.benchmark.plots import plot_curves, shorten_group
 from lightning_hift.benchmark.records import append_record, merge_records, read_records
 from lightning_hift.benchmark.report import measured_on, write_report
 from lightning_hift.benchmark.runner import Runner, is_loss
@@ -160,6 +162,7 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
+from lightning_hift.benchmark.plots import plot_curves, shorten_group
 from lightning_hift.benchmark.records import append_record
 path = Path(sys.argv[1])
 append_record(path, {"a": 1})
@@ -217,6 +220,7 @@ def test_two_writers_lose_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
+from lightning_hift.benchmark.plots import plot_curves, shorten_group
 from lightning_hift.benchmark.records import append_record
 for i in range(100):
     append_record(Path(sys.argv[1]), {"writer": sys.argv[2], "i": i})
@@ -534,8 +538,8 @@ COMPARED = {
 
 
 @pytest.fixture
-def reported(here, monkeypatch):
-    """All files of a report over cells that ran in this process."""
+def without_processes(here, monkeypatch):
+    """Runs take place in this process, and those of the method ``broken`` fail."""
     from tests.bench_kinds import run
 
     def in_process(self, cell):
@@ -545,8 +549,14 @@ def reported(here, monkeypatch):
         return {"status": "measured", "measured": run(cell.configs, cell.options, Path()), "passport": passport}
 
     monkeypatch.setattr(Runner, "_in_process", in_process)
+    return here
+
+
+@pytest.fixture
+def reported(without_processes):
+    """All files of a report."""
     main(["--config", write(**COMPARED)])
-    return here / "out"
+    return without_processes / "out"
 
 
 def test_the_report_has_means_ratios_and_reasons(reported):
@@ -573,6 +583,51 @@ def test_every_picture_that_the_report_shows_is_there(reported):
     for name in pictures:
         assert f"]({name})" in text
         assert (reported / name).stat().st_size > 5000
+
+
+def test_pictures_compare_what_had_the_same_budget(without_processes, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(report, "plot_curves", lambda panels, path, *_: seen.update({path.stem: panels}))
+    axes = {
+        "method": [{"name": "full"}, {"name": "fast", "options": {"speed": 2}}],
+        "budget": ["steps", "time"],
+        "seed": [0],
+    }
+    exclude = [{"method": "full", "budget": "time"}]
+    path = write(axes=axes, options={"trainer.max_steps": 40}, baseline={"method": "full"}, exclude=exclude)
+    main(["--config", path])
+    last = {
+        name: {line: curves[0][-1][0] for panel in panels.values() for line, curves in panel.items()}
+        for name, panels in seen.items()
+    }
+    assert last == {
+        "it_quality_against_time": {"full": 40, "fast": 40},
+        "it_quality_against_tokens": {"full": 280, "fast": 280},
+        "it_quality_against_steps": {"full": 40, "fast": 40},
+        "it_loss_against_time": {"full": 40, "fast": 50},
+    }
+
+
+def test_a_legend_of_many_long_names_is_not_cut(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    lines = {f"a method with a rather long name, number {i}": [[(0, i), (1, i + 1)]] for i in range(20)}
+    plot_curves({"x": lines, "y": lines}, tmp_path / "out.png", "steps", "A title")
+    pixels = image.imread(tmp_path / "out.png")[..., :3]
+    for edge in (pixels[:, :2], pixels[:, -2:], pixels[-2:]):
+        assert edge.min() == 1  # white
+
+
+@pytest.mark.parametrize(
+    ("group", "shown"),
+    [
+        ("embedding", "embedding"),
+        ("net.layer.0 ... net.layer.5", "net.layer.0 ... 5"),
+        ("embedding ... net.layer.5", "embedding ... net.layer.5"),
+        ("x" * 50, "... " + "x" * 46),
+    ],
+)
+def test_long_names_of_groups_are_cut(group, shown):
+    assert shorten_group(group) == shown
 
 
 def test_the_csv_has_a_line_for_each_run(reported):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 KINDS = ("parameters", "gradients", "state", "residual")
 # Okabe and Ito (2008), which colour-blind eyes tell apart.
@@ -13,6 +13,12 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _LABELS = {"state": "optimizer state", "residual": "activations and other"}
 _MARKS = "osD^vP*Xh<>"
 _MOST_MARKS = 40  # on one line
+
+
+class _Style(NamedTuple):
+    colour: str
+    mark: str
+    dashes: Literal["-", "--"]
 
 
 def plot_memory(bars: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
@@ -58,21 +64,23 @@ def plot_curves(
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, _ = _figure(4.8 * columns + 0.4, 3.4 * rows + 0.9, axes=False)
-    colours = _colours_of(name for lines in panels.values() for name in lines)
+    styles = _styles_of(name for lines in panels.values() for name in lines)
     for index, (panel, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         for name, curves in lines.items():
-            colour, mark = colours[name]
+            colour, mark, dashes = styles[name]
             for curve in curves if len(curves) > 1 else ():
-                axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=0.8)
+                axes.plot(*zip(*curve, strict=True), color=colour, linestyle=dashes, alpha=0.3, linewidth=0.8)
             points = _mean_curve(curves)
             marker = mark if len(points) <= _MOST_MARKS else None
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.6)
+            axes.plot(
+                *zip(*points, strict=True), color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.6
+            )
         axes.set_title(panel, loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.25)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    _legend(figure, colours, 3 * columns)
+    _legend(figure, styles)
     _save(figure, path)
 
 
@@ -85,7 +93,7 @@ def plot_scatter(points: Mapping[str, tuple[float, float]], path: Path, title: s
         title: Above the picture.
     """
     figure, axes = _figure(7.0, 5.0)
-    for name, (colour, mark) in _colours_of(points).items():
+    for name, (colour, mark, _) in _styles_of(points).items():
         axes.scatter(*points[name], color=colour, marker=mark, s=70, label=name, zorder=3)
     axes.axhline(1, color="#999999", linewidth=0.8)
     axes.axvline(1, color="#999999", linewidth=0.8)
@@ -100,7 +108,7 @@ def plot_scatter(points: Mapping[str, tuple[float, float]], path: Path, title: s
 
 
 def plot_groups(runs: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path, title: str) -> None:
-    """Memory by active group, one panel for each run.
+    """Memory by active group, one panel for each run, the first group on top.
 
     Args:
         runs: Bytes of each kind, by name of the run and of the group.
@@ -117,11 +125,14 @@ def plot_groups(runs: Mapping[str, Mapping[str, Mapping[str, float]]], path: Pat
         for kind, colour in zip(KINDS, _COLOURS, strict=False):
             widths = [parts[kind] / size for parts in groups.values()]
             label = _LABELS.get(kind, kind) if row == 0 else None
-            axes.barh([_short(name) for name in groups], widths, left=left, color=colour, label=label, height=0.7)
+            axes.barh(
+                [shorten_group(name) for name in groups], widths, left=left, color=colour, label=label, height=0.7
+            )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_title(run, loc="left", fontsize=10)
         axes.tick_params(axis="y", labelsize=8)
         axes.margins(y=0.02)
+        axes.invert_yaxis()
     axes.set_xlabel(f"{unit} on the device")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.legend(ncols=len(KINDS), loc="outside lower center", frameon=False, fontsize=9)
@@ -143,18 +154,24 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _colours_of(names: Any) -> dict[str, tuple[str, str]]:
-    """Colour and mark by name, in the order of first appearance."""
-    return {name: (_COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)]) for i, name in enumerate(dict.fromkeys(names))}
+def _styles_of(names: Iterable[str]) -> dict[str, _Style]:
+    """By name, in the order of first appearance. Lines are dashed where colours come again."""
+    return {
+        name: _Style(_COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)], "--" if i // len(_COLOURS) % 2 else "-")
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
-def _legend(figure: Any, colours: Mapping[str, tuple[str, str]], columns: int) -> None:
+def _legend(figure: Any, styles: Mapping[str, _Style]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, marker=m, markersize=5, label=name) for name, (c, m) in colours.items()]
-    figure.legend(
-        handles=handles, ncols=min(columns, len(handles)), loc="outside lower center", frameon=False, fontsize=9
-    )
+    handles = [
+        Line2D([], [], color=colour, marker=mark, linestyle=dashes, markersize=5, label=name)
+        for name, (colour, mark, dashes) in styles.items()
+    ]
+    inches = 0.7 + 0.08 * max(map(len, styles))  # of an entry, at this size of letters
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
+    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False, fontsize=9)
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -167,5 +184,9 @@ def _unit(largest: float) -> tuple[str, int]:
     return next(((name, size) for name, size in (("GiB", 2**30), ("MiB", 2**20)) if largest >= size), ("KiB", 2**10))
 
 
-def _short(name: str, limit: int = 46) -> str:
+def shorten_group(name: str, limit: int = 46) -> str:
+    """``blocks.0 ... blocks.5`` as ``blocks.0 ... 5``, and the end of what is still too long."""
+    first, _, last = name.partition(" ... ")
+    folder = first.rpartition(".")[0]
+    name = f"{first} ... {last.removeprefix(f'{folder}.')}" if last and folder else name
     return name if len(name) <= limit else f"... {name[-limit:]}"

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from lightning_hift.benchmark.cell_process import MEASURED
-from lightning_hift.benchmark.matrix import BUDGET, EQUAL_TIME, Benchmark, Cell
+from lightning_hift.benchmark.matrix import BUDGET, EQUAL_STEPS, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.plots import KINDS, plot_curves, plot_groups, plot_memory, plot_scatter
 from lightning_hift.benchmark.records import Record
 from lightning_hift.benchmark.runner import clock_of, has_score, is_loss
@@ -21,6 +21,10 @@ from lightning_hift.table import format_bytes, format_markdown
 _CURVES = (("time", "seconds"), ("tokens", "tokens"), ("steps", "step"))
 _TIMES = {"seconds": "seconds of training", "cpu_seconds": "the processor's seconds of training"}
 _NOT_IN_CSV = ("curve", "losses", "memory_by_group")
+_BY_GROUP = (
+    "Groups are in the order of their first turns, from above. The state is the room of the largest group's, which is"
+    " kept free; activations are those of the largest batch at which a group was looked at, and batches differ in size."
+)
 
 
 def write_report(
@@ -101,8 +105,8 @@ def _sections(
     lines: Sequence[Line],
     drawn: Mapping[str, Path],
 ) -> list[str]:
-    def picture(name: str) -> list[str]:
-        return [f"![{name}]({drawn[name].name})"] if name in drawn else []
+    def picture(name: str, *notes: str) -> list[str]:
+        return [f"![{name}]({drawn[name].name})", *notes] if name in drawn else []
 
     measured = [line for line in lines if line.records]
     return [
@@ -113,7 +117,7 @@ def _sections(
         *(["## Steps", _steps(measured)] if measured else []),
         *_memory(benchmark, measured),
         *picture("memory on the device"),
-        *picture("memory by active group"),
+        *picture("memory by active group", _BY_GROUP),
         *picture("speed against memory"),
         *_trials(benchmark, cells, records),
         *missing_runs(cells, records, benchmark),
@@ -301,8 +305,10 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
     clock = clock_of(next(iter(measured[0].records.values()))) if measured else "seconds"
     for against, key in _CURVES:
         what, axis = f"quality against {against}", clock if key == "seconds" else key
-        draw(what, plot_curves, _panels(measured, axis), _TIMES.get(axis, against), "Quality on the validation split")
-    draw("loss against time", plot_curves, _losses(measured, clock), _TIMES[clock], "Training loss")
+        panels = _panels(_of_budget(measured, EQUAL_TIME if key == "seconds" else EQUAL_STEPS), axis)
+        draw(what, plot_curves, panels, _TIMES.get(axis, against), "Quality on the validation split")
+    losses = _losses(_of_budget(measured, EQUAL_TIME), clock)
+    draw("loss against time", plot_curves, losses, _TIMES[clock], "Training loss, running mean")
     bars = {name: _parts(line) for name, line in chosen.items() if line.value("memory.total") is not None}
     draw("memory on the device", plot_memory, bars, "Memory on the device")
     groups = {name: found for name, line in chosen.items() if len(found := _groups(line)) > 1}
@@ -333,6 +339,16 @@ def _name(line: Line, without: Sequence[str], lines: Sequence[Line]) -> str:
     return " ".join(str(line.values[axis]) for axis in varying if axis not in without) or "run"
 
 
+def _of_budget(lines: Sequence[Line], budget: str) -> list[Line]:
+    """One line for all that differ in the budget alone: the one of this budget, if there is one."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        rest = str([value for axis, value in line.values.items() if axis != BUDGET])
+        if rest not in found or line.values.get(BUDGET) == budget:
+            found[rest] = line
+    return list(found.values())
+
+
 def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
     panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
     for line in lines:
@@ -343,18 +359,20 @@ def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tu
         ]
         if all(len(curve) > 1 for curve in curves):
             panel = f"{line.values.get('task', '')} {line.metric.removeprefix('val_')}".strip()
-            panels.setdefault(panel, {})[_name(line, without=("task",), lines=lines)] = curves
+            panels.setdefault(panel, {})[_name(line, without=("task", BUDGET), lines=lines)] = curves
     return panels
 
 
 def _losses(lines: Sequence[Line], clock: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
-    """The training loss of the first seed, as it is: means of stretches of steps."""
+    """The training loss of the first seed, each point the mean of those around it."""
     panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
     for line in lines:
-        losses = next(iter(line.records.values()))["measured"].get("losses", [])
-        if len(losses) > 1 and line.values.get(BUDGET) != EQUAL_TIME:
+        points = next(iter(line.records.values()))["measured"].get("losses", [])
+        if len(points) > 1:
             name = _name(line, without=("task", BUDGET), lines=lines)
-            curve = [(point[clock], point["loss"]) for point in losses]
+            reach = len(points) // 20
+            around = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+            curve = [(p[clock], mean(q["loss"] for q in near)) for p, near in zip(points, around, strict=True)]
             panels.setdefault(str(line.values.get("task", "")), {})[name] = [curve]
     return panels
 
