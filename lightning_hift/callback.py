@@ -52,9 +52,9 @@ class HiFTCallback(Callback):
         group_size: Layer units per group (m in the paper, 1 there). Larger groups mean more updates per parameter, and
             more gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
             ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
-            the embedding is large, in the memory of groups of 1. Each unit trains as often as in groups of 1, and its
-            neighbours with it: ``steps_per_group`` then counts for each unit of a group. Default: that of the policy,
-            with HiFT ``"balanced"``, with others 1.
+            the embedding is large, with no more state on the device than groups of 1. Each unit trains as often as in
+            groups of 1, and its neighbours with it: ``steps_per_group`` then counts for each unit of a group. Default:
+            that of the policy, with HiFT ``"balanced"``, with others 1.
         order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
