@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_hift import HiFTCallback, SelectionPolicy
 from lightning_hift.benchmark import RunMeasures
 from lightning_hift.benchmark.run_meter import RunMeter, Seconds, state_bytes_on_device
 from tests.models import as_published
@@ -135,6 +136,17 @@ def test_hift_may_stand_before_or_after(window, tmp_path):
     before = by_group(RunMeasures(tmp_path / "it"), as_published())
     assert before == by_group(as_published(), RunMeasures(tmp_path / "it"))
     assert len(set(before.values())) == len(before) == 3
+
+
+def test_a_policy_may_name_groups_in_a_list(tmp_path):
+    class InTurn(SelectionPolicy):
+        steps_per_sweep = 3
+
+        def groups_at(self, step):
+            return [step % len(self.groups)]
+
+    fit([RunMeasures(tmp_path / "it"), HiFTCallback(policy=InTurn())])
+    assert len(json.loads((tmp_path / "it").read_text())["memory_by_group"]) == 3
 
 
 def test_state_in_objects_and_in_quantized_tensors_is_counted():

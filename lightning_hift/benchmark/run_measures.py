@@ -213,7 +213,7 @@ def _what_trains(trainer: pl.Trainer, module: pl.LightningModule) -> Hashable:
     hift = find_callback(trainer)
     if hift is None:
         return tuple(p.requires_grad for p in module.parameters())
-    return tuple(engine.policy.groups_at(engine.step) for engine in hift.engines)
+    return tuple(frozenset(engine.policy.groups_at(engine.step)) for engine in hift.engines)
 
 
 def _weight_bytes(module: pl.LightningModule) -> int:
