@@ -162,7 +162,6 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from lightning_hift.benchmark.plots import plot_curves, shorten_group
 from lightning_hift.benchmark.records import append_record
 path = Path(sys.argv[1])
 append_record(path, {"a": 1})
@@ -220,7 +219,6 @@ def test_two_writers_lose_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from lightning_hift.benchmark.plots import plot_curves, shorten_group
 from lightning_hift.benchmark.records import append_record
 for i in range(100):
     append_record(Path(sys.argv[1]), {"writer": sys.argv[2], "i": i})

@@ -18,7 +18,8 @@ from lightning_hift.benchmark.runner import clock_of, has_score, is_loss
 from lightning_hift.benchmark.summary import Line, summarize
 from lightning_hift.table import format_bytes, format_markdown
 
-_CURVES = (("time", "seconds"), ("tokens", "tokens"), ("steps", "step"))
+# What quality is drawn against, its name in the records, and which runs can be compared by it.
+_CURVES = (("time", "seconds", EQUAL_TIME), ("tokens", "tokens", EQUAL_STEPS), ("steps", "step", EQUAL_STEPS))
 _TIMES = {"seconds": "seconds of training", "cpu_seconds": "the processor's seconds of training"}
 _NOT_IN_CSV = ("curve", "losses", "memory_by_group")
 _BY_GROUP = (
@@ -197,7 +198,7 @@ def _over_tasks(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
 
 
 def _memory(benchmark: Benchmark, lines: Sequence[Line]) -> list[str]:
-    chosen = _one_task(benchmark, lines)
+    chosen = _one_task(lines)
     rows = []
     for name, line in chosen.items():
         parts = [line.value(f"memory.{kind}") for kind in (*KINDS, "total")]
@@ -294,7 +295,7 @@ def _machine(record: Record) -> str:
 def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str, Path]:
     """Files by what they show."""
     measured = [line for line in lines if line.records]
-    chosen = _one_task(benchmark, measured)
+    chosen = _one_task(measured)
     drawn: dict[str, Path] = {}
 
     def draw(what: str, plot: Callable[..., None], content: Any, *arguments: str) -> None:
@@ -303,9 +304,9 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
             plot(content, drawn[what], *arguments)
 
     clock = clock_of(next(iter(measured[0].records.values()))) if measured else "seconds"
-    for against, key in _CURVES:
+    for against, key, budget in _CURVES:
         what, axis = f"quality against {against}", clock if key == "seconds" else key
-        panels = _panels(_of_budget(measured, EQUAL_TIME if key == "seconds" else EQUAL_STEPS), axis)
+        panels = _panels(_of_budget(measured, budget), axis)
         draw(what, plot_curves, panels, _TIMES.get(axis, against), "Quality on the validation split")
     losses = _losses(_of_budget(measured, EQUAL_TIME), clock)
     draw("loss against time", plot_curves, losses, _TIMES[clock], "Training loss, running mean")
@@ -323,20 +324,17 @@ def _draw(benchmark: Benchmark, lines: Sequence[Line], suffix: str) -> dict[str,
     return drawn
 
 
-def _one_task(benchmark: Benchmark, lines: Sequence[Line]) -> dict[str, Line]:
-    """Lines of the first task that was measured, by what distinguishes them; without those of equal time."""
-    found = {}
+def _one_task(lines: Sequence[Line]) -> dict[str, Line]:
+    """Lines of the first task that was measured, by what distinguishes them; those of equal steps."""
     first = lines[0].values.get("task") if lines else None
-    for line in lines:
-        if line.values.get("task") == first and line.values.get(BUDGET) != EQUAL_TIME:
-            found[_name(line, without=("task", BUDGET), lines=lines)] = line
-    return found
+    of_task = [line for line in lines if line.values.get("task") == first]
+    return {_name(line, lines): line for line in _of_budget(of_task, EQUAL_STEPS)}
 
 
-def _name(line: Line, without: Sequence[str], lines: Sequence[Line]) -> str:
-    """By the axes that have several values."""
+def _name(line: Line, lines: Sequence[Line]) -> str:
+    """By the axes that have several values, but for task and budget."""
     varying = [axis for axis in line.values if len({str(other.values[axis]) for other in lines}) > 1]
-    return " ".join(str(line.values[axis]) for axis in varying if axis not in without) or "run"
+    return " ".join(str(line.values[axis]) for axis in varying if axis not in ("task", BUDGET)) or "run"
 
 
 def _of_budget(lines: Sequence[Line], budget: str) -> list[Line]:
@@ -359,7 +357,7 @@ def _panels(lines: Sequence[Line], key: str) -> dict[str, dict[str, list[list[tu
         ]
         if all(len(curve) > 1 for curve in curves):
             panel = f"{line.values.get('task', '')} {line.metric.removeprefix('val_')}".strip()
-            panels.setdefault(panel, {})[_name(line, without=("task", BUDGET), lines=lines)] = curves
+            panels.setdefault(panel, {})[_name(line, lines)] = curves
     return panels
 
 
@@ -369,11 +367,10 @@ def _losses(lines: Sequence[Line], clock: str) -> dict[str, dict[str, list[list[
     for line in lines:
         points = next(iter(line.records.values()))["measured"].get("losses", [])
         if len(points) > 1:
-            name = _name(line, without=("task", BUDGET), lines=lines)
             reach = len(points) // 20
             around = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
             curve = [(p[clock], mean(q["loss"] for q in near)) for p, near in zip(points, around, strict=True)]
-            panels.setdefault(str(line.values.get("task", "")), {})[name] = [curve]
+            panels.setdefault(str(line.values.get("task", "")), {})[_name(line, lines)] = [curve]
     return panels
 
 
