@@ -27,18 +27,21 @@ from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
+from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.lr_scale import AUTO, LRScale, check_lr_scale
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.offload import StateOffloader
 from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
+from lightning_hift.run_length import run_length
 from lightning_hift.schedule import Order, SweepSchedule
 from lightning_hift.selection import SelectionPolicy, check_count
 from lightning_hift.sharded_tensors import is_sharded
 
 _ORDER: Order = "bottom2up"
 _STEPS_PER_GROUP = 4
+_LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
@@ -112,9 +115,10 @@ class HiFTCallback(Callback):
         self.policy = choose_policy(policy, replace(asked, per_unit=self.group_size == BALANCED), usual)
         self._engines: list[HiFTEngine] = []
         self._running = False
+        self._knows_length = False
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
         self._backward_ran = False
-        self._grad_norm: dict[int, Tensor] = {}
+        self._of_step: dict[int, dict[str, Tensor]] = {}  # what is to be logged of each engine's last step
         self._backwards_without_step = 0
         self._budget: ActivationBudget | None = None
         self._graph_was_checked = False
@@ -165,7 +169,7 @@ class HiFTCallback(Callback):
                 " strategy='hift_ddp' on several, or 'hift_fsdp' if the weights do not fit on one."
             )
         self._engines = []
-        self._running = False
+        self._running = self._knows_length = False
         self._random_state = None
 
     @override
@@ -225,18 +229,28 @@ class HiFTCallback(Callback):
             each.held_schedulers = [s for s in each.held_schedulers if id(s) in in_use]
         for config in configs:
             engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
-            if engine is None or is_held(config.scheduler):
+            if engine is None or is_held(config.scheduler) or type(config.scheduler).__module__ == _LR_FINDER:
                 continue
-            by_step = config.interval == "step"
-            # How often a schedule is stepped in a sweep is known only for intervals of steps.
-            ahead = max(1, engine.policy.steps_per_sweep // config.frequency) if by_step else 1
-            config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr, steps_ahead=ahead))
+            config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr))
+            if self._knows_length:
+                self._expect(trainer, config)
+
+    def _expect(self, trainer: pl.Trainer, config: Any) -> None:
+        engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
+        before = trainer.global_step // len(self._engines) - engine.step
+        config.scheduler.expect(run_length(trainer, len(self._engines), config, before))
+
+    def _expect_length(self, trainer: pl.Trainer) -> None:
+        # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
+        self._knows_length = True
+        for config in trainer.strategy.lr_scheduler_configs:
+            if is_held(config.scheduler):
+                self._expect(trainer, config)
+                if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
+                    cast(Any, config.scheduler).refuse_waste()
 
     def _warn_about_length(self, trainer: pl.Trainer) -> None:
-        # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
-        # The Trainer does not know of modules that accumulate by themselves.
-        window = getattr(trainer.lightning_module, "accumulate_grad_batches", 1)
-        total = trainer.estimated_stepping_batches / (window if isinstance(window, int) else 1)
+        total = run_length(trainer, len(self._engines)).total_steps
         for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
             missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
             if missing:
@@ -248,7 +262,8 @@ class HiFTCallback(Callback):
         if self.hold_lr != "once":
             return
         for config in trainer.strategy.lr_scheduler_configs:
-            if not is_held(config.scheduler) or config.interval != "step":
+            spans_run = getattr(config.scheduler, SPANS_RUN, False)
+            if not is_held(config.scheduler) or config.interval != "step" or spans_run:
                 continue
             engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
             length, name = engine.policy.steps_per_sweep, config.scheduler.__class__.__name__
@@ -263,6 +278,7 @@ class HiFTCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
+        self._expect_length(trainer)
         self._warn_about_length(trainer)
         rank_zero_info(self.summary(pl_module))
         refuse_reentrant_modules(pl_module)
@@ -323,10 +339,13 @@ class HiFTCallback(Callback):
         self._backward_ran = False
         self._backwards_without_step = 0
         engine.announce_step()
+        of_step = self._of_step[index] = {}
+        if (lr := engine.learning_rate) is not None:
+            of_step["lr"] = torch.as_tensor(lr, dtype=torch.float32)
         gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
         if gradients:
             norm: Any = torch.nn.utils.get_total_norm(gradients)
-            self._grad_norm[index] = norm.full_tensor() if is_sharded(norm) else norm
+            of_step["grad_norm"] = norm.full_tensor() if is_sharded(norm) else norm
 
     @override
     def on_train_batch_end(
@@ -414,12 +433,12 @@ class HiFTCallback(Callback):
             # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
             on_bar = name in ("group", "sweep")
             pl_module.log(f"hift/{name}{suffix}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=1)
-        if index in self._grad_norm:
-            pl_module.log(f"hift/grad_norm{suffix}", self._grad_norm.pop(index), batch_size=1)
+        for name, measured in self._of_step.pop(index, {}).items():
+            pl_module.log(f"hift/{name}{suffix}", measured, batch_size=1)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback for another run: engines belong to the optimizers of this one.
-        return {**vars(self), "_engines": [], "_running": False, "_grad_norm": {}, "_budget": None}
+        return {**vars(self), "_engines": [], "_running": False, "_of_step": {}, "_budget": None}
 
     def _close(self) -> None:
         if self._budget is not None:

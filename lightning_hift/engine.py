@@ -232,6 +232,25 @@ class HiFTEngine:
         """Whether the next step is the first one of a sweep."""
         return self.policy.starts_sweep(self.step)
 
+    @property
+    def learning_rate(self) -> float | Tensor | None:
+        """What the active groups are stepped with, ``lr_scale`` included; the largest, if their parameters differ.
+
+        ``None`` where the optimizer has no learning rate.
+        """
+        scaled = {
+            p: self.lr_scales[g.index]
+            for g in self._active_groups
+            for unit in g.units
+            for p in unit.parameters.values()
+        }
+        rates = [
+            group["lr"] * max(scales)
+            for group in self.optimizer.param_groups
+            if group.get("lr") is not None and (scales := [scaled[p] for p in group["params"] if p in scaled])
+        ]
+        return max(rates, default=None)
+
     def first_sweep_report(self) -> SweepReport | None:
         """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run.
 

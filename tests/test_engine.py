@@ -13,6 +13,7 @@ from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
 from tests.lagging import lagging
 from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens
 from tests.reference.round_robin import train_round_robin
+from tests.reference.sweep_means import sweep_means
 
 OPTIMIZERS = {
     "adamw": adamw,
@@ -140,13 +141,12 @@ def test_accumulation_equals_one_large_batch():
 
 @pytest.mark.parametrize("steps", [1, 5, 12])
 def test_held_learning_rate(steps):
-    def lr(t):
-        return 0.01 * (1 - t / 20)
-
+    lr = sweep_means(lambda t: 0.01 * (1 - t / 20), 5)
     model, twin, batches = Net(), Net(), tokens(steps)
     optimizer = adamw(model.parameters())
     engine = HiFTEngine.attach(model, optimizer)
-    scheduler = SweepLR(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 20), engine)
+    bare = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 20)
+    scheduler = SweepLR(bare, engine, total_steps=steps)
     train(model, engine, batches, scheduler=scheduler)
     train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss, lr_at=lr)
     assert_same_weights(model, twin)

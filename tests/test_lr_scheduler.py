@@ -8,8 +8,10 @@ from torch.optim import lr_scheduler as schedulers
 
 from lightning_hift import HiFTEngine, SweepLR
 from tests.models import Automatic, Manual, Net, adamw, as_published, loader, next_token_loss, tokens, trainer, weights
+from tests.reference.sweep_means import sweep_means
 
 STEPS = 13  # two sweeps of five groups and a part of the third
+END_WITH_THE_RUN = ("cosine", "one_cycle")
 
 
 def warmup(optimizer):
@@ -51,11 +53,10 @@ def test_replay_holds_within_a_sweep_and_ends_where_plain_steps_end(name, module
     model = Watch(make_scheduler=SCHEDULES[name])
     run = trainer(callbacks=[as_published()])
     run.fit(model, loader(STEPS))
-    plain, scheduler, optimizer = plain_lrs(SCHEDULES[name])
-    expected = [plain[step - step % 5] for step in range(STEPS)]
-    if name == "warmup":
-        expected[:5] = [plain[5]] * 5
-    assert lrs == expected
+    _, scheduler, optimizer = plain_lrs(SCHEDULES[name])
+    end = STEPS if name in END_WITH_THE_RUN else 15
+    held = sweep_means(plain_lrs(SCHEDULES[name], end)[0].__getitem__, 5, end)
+    assert lrs == [held(step) for step in range(STEPS)]
     config = run.lr_scheduler_configs[0]
     assert config.scheduler.last_epoch == scheduler.last_epoch == STEPS
     assert run.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
@@ -78,12 +79,12 @@ def test_off_leaves_the_scheduler_alone():
     assert type(run.lr_scheduler_configs[0].scheduler) is schedulers.ExponentialLR
 
 
-def test_epoch_schedule_changes_at_the_next_sweep():
-    # Epochs of 4 steps, sweeps of 5: the changes of epochs 1 and 2 wait for steps 5 and 10.
+def test_epoch_schedule():
+    # Epochs of 4 steps, sweeps of 5: the second and third one have steps of two epochs.
     model = Automatic(make_scheduler=lambda o: schedulers.ExponentialLR(o, 0.5), interval="epoch")
     run = trainer(callbacks=[as_published()], max_epochs=3)
     run.fit(model, loader(4))
-    assert model.lrs == [0.01] * 5 + [0.005] * 5 + [0.0025] * 2
+    assert model.lrs == pytest.approx([0.009] * 5 + [0.004] * 5 + [0.0025] * 2)
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
 
 
@@ -92,8 +93,8 @@ def test_accumulation(accumulate):
     model = Automatic(make_scheduler=SCHEDULES["lambda"])
     run = trainer(callbacks=[as_published()], accumulate_grad_batches=accumulate)
     run.fit(model, loader(8 * accumulate - 1))
-    by_step = model.lrs[::accumulate]
-    assert by_step == [0.01] * 5 + [0.01 * (1 - 5 / 40)] * 3
+    held = sweep_means(lambda step: 0.01 * (1 - step / 40), 5)
+    assert model.lrs[::accumulate] == [held(step) for step in range(8)]
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 8
 
 

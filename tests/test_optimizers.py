@@ -23,6 +23,7 @@ from tests.models import (
 )
 from tests.optimizers import COUNTING, ON_A_GPU, OPTIMIZERS, QUANTIZED, Case, Matrices, of, of_torch, variants
 from tests.reference.round_robin import train_round_robin
+from tests.reference.sweep_means import sweep_means
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Parameter `foreach` is deprecated"),  # optimi's, about its own option
@@ -49,12 +50,13 @@ def schedule(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def scheduled_lr(case):
+def scheduled_lr(case, engine):
     """The learning rate at each step, as a number or a tensor like the optimizer's own."""
     if not case.scheduled:
         return None
     lr = case.make([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["lr"]
-    return lambda step: lr * factor(step)
+    held = sweep_means(lambda step: float(lr * factor(step)), len(engine.groups))
+    return (lambda step: torch.full_like(lr, held(step))) if isinstance(lr, torch.Tensor) else held
 
 
 class Module(Automatic):
@@ -137,10 +139,10 @@ def test_plain_loop(name, always_active):
     case, batches = OPTIMIZERS[name], tokens(STEPS)
     model = case.model()
     engine = attach(case, model, always_active=always_active)
-    scheduler = SweepLR(schedule(engine.optimizer), engine) if case.scheduled else None
+    scheduler = SweepLR(schedule(engine.optimizer), engine, total_steps=STEPS) if case.scheduled else None
     train(model, engine, batches, scheduler)
     assert len(engine.groups) == 5 - len(always_active)
-    assert_same_weights(model, train_twin(case, engine, batches, scheduled_lr(case)))
+    assert_same_weights(model, train_twin(case, engine, batches, scheduled_lr(case, engine)))
 
 
 ALWAYS_ACTIVE = ["AdamW_loop", "SGD_fused", "Prodigy", "optimi_AdamW", "torchao_AdamW8bit"]
@@ -156,7 +158,7 @@ def test_trainer(name, always_active):
     run.fit(module, loader(STEPS))
     engine = run.callbacks[0].engines[0]
     assert engine.step == STEPS
-    assert_same_weights(module, train_twin(case, engine, tokens(STEPS), scheduled_lr(case)))
+    assert_same_weights(module, train_twin(case, engine, tokens(STEPS), scheduled_lr(case, engine)))
 
 
 @pytest.mark.parametrize("name", [*COUNTING, "AdamW_loop", "hf_Adafactor_fixed", "Lion"])

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
@@ -248,6 +249,7 @@ class TransformerModule(HiFTModule):
 
         steps = self.num_training_steps
         scheduler = get_scheduler(self.lr_scheduler, optimizer, math.ceil(self.warmup * steps), steps)
+        setattr(scheduler, SPANS_RUN, True)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
