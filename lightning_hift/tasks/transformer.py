@@ -248,7 +248,10 @@ class TransformerModule(HiFTModule):
         from transformers import get_scheduler
 
         steps = self.num_training_steps
-        scheduler = get_scheduler(self.lr_scheduler, optimizer, math.ceil(self.warmup * steps), steps)
+        warmup = max(
+            0, min(math.ceil(self.warmup * steps), steps - 1)
+        )  # it begins at 0, so the last step cannot be part of it
+        scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, steps)
         setattr(scheduler, SPANS_RUN, True)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
