@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import Accuracy, F1Score, MatthewsCorrCoef
 from typing_extensions import override
 
+from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.transformer import TransformerModule, label_names, warn_of_other_order
 
 
@@ -75,20 +77,19 @@ class SequenceClassification(TransformerModule):
 
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        loss: Tensor = self(batch).loss
-        return loss
+        """Mean loss per text, a scalar: cross-entropy, or the squared error of a regression."""
+        return self._loss(self._logits(batch), batch["labels"])
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
-        output = self(batch)
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
-        scores = output.logits.float()
-        self.metrics[stage].update(scores.squeeze(-1) if self.regression else scores.argmax(-1), batch["labels"])  # type: ignore[operator]
+        logits, labels = self._logits(batch), batch["labels"]
+        self.log(f"{stage}_loss", self._loss(logits, labels), prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.metrics[stage].update(logits.squeeze(-1) if self.regression else logits.argmax(-1), labels)  # type: ignore[operator]
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One record per text: ``label`` and ``probability``, or ``score``."""
-        logits = self({name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        logits = self._logits(batch)
         if self.regression:
             return [{"score": score} for score in logits.squeeze(-1).tolist()]
         probabilities, chosen = logits.softmax(-1).max(-1)
@@ -97,6 +98,16 @@ class SequenceClassification(TransformerModule):
             {"label": names[i], "probability": p}  # type: ignore[index]
             for i, p in zip(chosen.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Of the classes, shape (batch, classes), or scores, shape (batch, 1)."""
+        output = self({name: value for name, value in batch.items() if name != "labels"})
+        return full_precision(output.logits)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.regression:
+            return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return functional.cross_entropy(logits, labels)
 
     @property
     def _num_labels(self) -> int:

@@ -17,12 +17,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
+from lightning_hift.tasks.metric_precision import FullPrecisionMetrics, full_precision_default
 from lightning_hift.tasks.network import (
     DType,
     NetworkSource,
@@ -153,7 +153,10 @@ class TransformerModule(HiFTModule):
         return {}
 
     def make_metrics(self) -> Mapping[str, Any]:
-        """Metrics by name, each a ``torchmetrics.Metric``; made anew for validation and test."""
+        """Metrics by name, each a ``torchmetrics.Metric``; made anew for validation and test.
+
+        Their states are float32 in every precision, and what they are updated with in 16 bits is converted.
+        """
         return {}
 
     @abstractmethod
@@ -176,9 +179,10 @@ class TransformerModule(HiFTModule):
             network = self._adapted(network, self.adapter)
         self.network = network
         for stage in ("val", "test"):
-            metrics = dict(self.make_metrics())
+            with full_precision_default():
+                metrics = self.make_metrics()
             if metrics:
-                self.metrics[stage] = MetricCollection(metrics, prefix=f"{stage}_")
+                self.metrics[stage] = FullPrecisionMetrics(metrics, prefix=f"{stage}_")
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -369,7 +373,7 @@ class TransformerModule(HiFTModule):
     def _log_metrics(self, stage: str) -> None:
         if stage in self.metrics:
             collection = self.metrics[stage]
-            assert isinstance(collection, MetricCollection)
+            assert isinstance(collection, FullPrecisionMetrics)
             # All processes have to agree on whether there is something to gather.
             is_updated = any(metric.update_called for metric in collection.values())
             if not self.trainer.strategy.reduce_boolean_decision(is_updated, all=False):
