@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from lightning_hift.data.tokenizer import load_tokenizer
 from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
-from lightning_hift.tasks.metric_precision import full_precision, is_half
+from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.network import is_encoder_decoder
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge
 from lightning_hift.tasks.transformer import TransformerModule
@@ -138,7 +139,7 @@ class ConditionalGeneration(TransformerModule):
         labels = batch["labels"] if self.has_encoder else batch["labels"][:, 1:]
         num_tokens = int((labels != IGNORED_LABEL).sum())
         if num_tokens:
-            loss = self._measured_loss(self._output(batch), batch["labels"])
+            loss = self._nats_per_token(self._output(batch), batch["labels"])
             self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=num_tokens, sync_dist=True)
         if not self._generates(stage) or "prompts" not in batch:
             return
@@ -207,12 +208,12 @@ class ConditionalGeneration(TransformerModule):
     def _output(self, batch: Mapping[str, Any]) -> Any:
         return self({k: v for k, v in batch.items() if k not in _NOT_FOR_THE_NETWORK})
 
-    def _measured_loss(self, output: Any, labels: Tensor) -> Tensor:
-        """The network's loss, in 32 bits also where an encoder-decoder, such as T5, computes it in 16."""
-        loss: Tensor = output.loss
-        if not (self.has_encoder and is_half(loss)):
-            return loss
-        return cross_entropy(full_precision(output.logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
+    def _nats_per_token(self, output: Any, labels: Tensor) -> Tensor:
+        """The network's loss if it only decodes, which is of 32 bits; encoder-decoders have it in those of weights."""
+        if not self.has_encoder:
+            return full_precision(output.loss)
+        logits = full_precision(of_own_tokens(output.logits, labels))
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
 
     def _generates(self, stage: str) -> bool:
         if stage == "test" or self.trainer.state.fn != TrainerFn.FITTING:

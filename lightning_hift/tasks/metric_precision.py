@@ -15,14 +15,9 @@ from typing_extensions import Self, override
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def is_half(values: Tensor) -> bool:
-    """Whether values are floats of 16 bits."""
-    return values.dtype in _HALF
-
-
 def full_precision(values: Tensor) -> Tensor:
     """Values in float32 if they are floats of 16 bits; else as they are."""
-    return values.float() if is_half(values) else values
+    return values.float() if values.dtype in _HALF else values
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import Accuracy, F1Score, MatthewsCorrCoef
 from typing_extensions import override
@@ -21,7 +21,7 @@ class SequenceClassification(TransformerModule):
     A batch is a mapping of ``input_ids`` and ``attention_mask``, shape (batch, length), whatever else the network
     takes, and ``labels``, shape (batch,): class indices, or floats for regression.
 
-    Logs ``val_loss`` and ``val_accuracy``, ``val_f1`` (of class 1 if there are two classes, else the mean over all),
+    Logs ``val_loss`` (cross-entropy, or the squared error) and ``val_accuracy``, ``val_f1`` (of class 1 if there are two classes, else the mean over all),
     ``val_matthews``; for regression ``val_pearson``, ``val_spearman``, ``val_mse``. With ``test_`` in a test.
 
     Args:
@@ -77,14 +77,20 @@ class SequenceClassification(TransformerModule):
 
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean loss per text, a scalar: cross-entropy, or the squared error of a regression."""
-        return self._loss(self._logits(batch), batch["labels"])
+        loss: Tensor = self(batch).loss  # with what an adapter such as AdaLoRA adds
+        return loss
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
+        # Not the network's loss, which it computes in the dtype of its weights.
         logits, labels = self._logits(batch), batch["labels"]
-        self.log(f"{stage}_loss", self._loss(logits, labels), prog_bar=True, batch_size=len(labels), sync_dist=True)
-        self.metrics[stage].update(logits.squeeze(-1) if self.regression else logits.argmax(-1), labels)  # type: ignore[operator]
+        if self.regression:
+            predicted = logits.squeeze(-1)
+            loss = mse_loss(predicted, labels.to(predicted.dtype))
+        else:
+            predicted, loss = logits.argmax(-1), cross_entropy(logits, labels)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.metrics[stage].update(predicted, labels)  # type: ignore[operator]
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
@@ -103,11 +109,6 @@ class SequenceClassification(TransformerModule):
         """Of the classes, shape (batch, classes), or scores, shape (batch, 1)."""
         output = self({name: value for name, value in batch.items() if name != "labels"})
         return full_precision(output.logits)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.regression:
-            return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        return functional.cross_entropy(logits, labels)
 
     @property
     def _num_labels(self) -> int:
