@@ -209,7 +209,7 @@ class ConditionalGeneration(TransformerModule):
         return self({k: v for k, v in batch.items() if k not in _NOT_FOR_THE_NETWORK})
 
     def _nats_per_token(self, output: Any, labels: Tensor) -> Tensor:
-        """The network's loss if it only decodes, which is of 32 bits; encoder-decoders have it in those of weights."""
+        """Mean loss per token of the target, in 32 bits; that of an encoder-decoder has the dtype of its weights."""
         if not self.has_encoder:
             return full_precision(output.loss)
         logits = full_precision(of_own_tokens(output.logits, labels))

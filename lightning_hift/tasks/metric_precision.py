@@ -33,7 +33,7 @@ def full_precision_default() -> Iterator[None]:
 
 
 class FullPrecisionMetrics(MetricCollection):
-    """Metrics that add up in float32: 16 bits hold three digits, and a sum of many terms does not even grow in them.
+    """Metrics that add up in float32: in 16 bits, a sum soon stops growing, as each term is lost in rounding.
 
     States change their device with the module, but not their dtype. What is added may have 16 bits.
 

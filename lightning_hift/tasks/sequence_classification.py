@@ -21,8 +21,9 @@ class SequenceClassification(TransformerModule):
     A batch is a mapping of ``input_ids`` and ``attention_mask``, shape (batch, length), whatever else the network
     takes, and ``labels``, shape (batch,): class indices, or floats for regression.
 
-    Logs ``val_loss`` (cross-entropy, or the squared error) and ``val_accuracy``, ``val_f1`` (of class 1 if there are two classes, else the mean over all),
-    ``val_matthews``; for regression ``val_pearson``, ``val_spearman``, ``val_mse``. With ``test_`` in a test.
+    Logs ``val_loss`` (cross-entropy, or the squared error) and ``val_accuracy``, ``val_f1`` (of class 1 if there are
+    two classes, else the mean over all), ``val_matthews``; for regression ``val_pearson``, ``val_spearman``,
+    ``val_mse``. With ``test_`` in a test.
 
     Args:
         labels: Names of the classes, or their number; default: those of the data module, or of ``model``.
@@ -82,7 +83,7 @@ class SequenceClassification(TransformerModule):
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
-        # Not the network's loss, which it computes in the dtype of its weights.
+        # Not the network's own loss, which has the dtype of its weights.
         logits, labels = self._logits(batch), batch["labels"]
         if self.regression:
             predicted = logits.squeeze(-1)

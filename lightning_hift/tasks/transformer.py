@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_hift.module import HiFTModule
@@ -373,7 +374,7 @@ class TransformerModule(HiFTModule):
     def _log_metrics(self, stage: str) -> None:
         if stage in self.metrics:
             collection = self.metrics[stage]
-            assert isinstance(collection, FullPrecisionMetrics)
+            assert isinstance(collection, MetricCollection)
             # All processes have to agree on whether there is something to gather.
             is_updated = any(metric.update_called for metric in collection.values())
             if not self.trainer.strategy.reduce_boolean_decision(is_updated, all=False):
