@@ -105,4 +105,4 @@ def count_tokens(batch: Any) -> int | Tensor | None:
     if not isinstance(ids, Tensor):
         return None
     mask = batch.get("attention_mask")
-    return mask.sum() if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
+    return mask.sum(dtype=torch.long) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()

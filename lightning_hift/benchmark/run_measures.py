@@ -162,7 +162,7 @@ class RunMeasures(RunMeter):
     def _note_loss(self, trainer: pl.Trainer, outputs: STEP_OUTPUT) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses.append((trainer.global_step, self.elapsed, loss.detach()))
+            self._losses.append((trainer.global_step, self.elapsed, loss.detach().float()))
 
     def _point(self, trainer: pl.Trainer) -> dict[str, Any]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
+from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.packing_trial import is_packed, refuse_contamination
 from lightning_hift.tasks.transformer import TransformerModule
 
@@ -80,7 +81,7 @@ class CausalLM(TransformerModule):
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
-        loss = self.loss(batch)
+        loss = full_precision(self.loss(batch))
         # Weighted by tokens: the last batch may be smaller, and labels may leave tokens out.
         num_tokens = int((batch.get("labels", batch["input_ids"])[:, 1:] != IGNORED_LABEL).sum())
         if num_tokens == 0:

@@ -10,13 +10,16 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 from typing_extensions import override
 
 from lightning_hift.data.tokenizer import load_tokenizer
 from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
+from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.network import is_encoder_decoder
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge
 from lightning_hift.tasks.transformer import TransformerModule
@@ -128,7 +131,7 @@ class ConditionalGeneration(TransformerModule):
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean loss in nats per token of the target, a scalar."""
-        loss: Tensor = self({k: v for k, v in batch.items() if k not in _NOT_FOR_THE_NETWORK}).loss
+        loss: Tensor = self._output(batch).loss
         return loss
 
     @override
@@ -136,7 +139,8 @@ class ConditionalGeneration(TransformerModule):
         labels = batch["labels"] if self.has_encoder else batch["labels"][:, 1:]
         num_tokens = int((labels != IGNORED_LABEL).sum())
         if num_tokens:
-            self.log(f"{stage}_loss", self.loss(batch), prog_bar=True, batch_size=num_tokens, sync_dist=True)
+            loss = self._nats_per_token(self._output(batch), batch["labels"])
+            self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=num_tokens, sync_dist=True)
         if not self._generates(stage) or "prompts" not in batch:
             return
         left = None if self.max_generated is None else max(0, self.max_generated - self._num_generated)
@@ -200,6 +204,16 @@ class ConditionalGeneration(TransformerModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._num_validations = checkpoint.get(_VALIDATIONS_KEY, 0)
+
+    def _output(self, batch: Mapping[str, Any]) -> Any:
+        return self({k: v for k, v in batch.items() if k not in _NOT_FOR_THE_NETWORK})
+
+    def _nats_per_token(self, output: Any, labels: Tensor) -> Tensor:
+        """Mean loss per token of the target, in 32 bits; that of an encoder-decoder has the dtype of its weights."""
+        if not self.has_encoder:
+            return full_precision(output.loss)
+        logits = full_precision(of_own_tokens(output.logits, labels))
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
 
     def _generates(self, stage: str) -> bool:
         if stage == "test" or self.trainer.state.fn != TrainerFn.FITTING:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import Accuracy, F1Score, MatthewsCorrCoef
 from typing_extensions import override
 
+from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.transformer import TransformerModule, label_names, warn_of_other_order
 
 
@@ -19,8 +21,9 @@ class SequenceClassification(TransformerModule):
     A batch is a mapping of ``input_ids`` and ``attention_mask``, shape (batch, length), whatever else the network
     takes, and ``labels``, shape (batch,): class indices, or floats for regression.
 
-    Logs ``val_loss`` and ``val_accuracy``, ``val_f1`` (of class 1 if there are two classes, else the mean over all),
-    ``val_matthews``; for regression ``val_pearson``, ``val_spearman``, ``val_mse``. With ``test_`` in a test.
+    Logs ``val_loss`` (cross-entropy, or the squared error) and ``val_accuracy``, ``val_f1`` (of class 1 if there are
+    two classes, else the mean over all), ``val_matthews``; for regression ``val_pearson``, ``val_spearman``,
+    ``val_mse``. With ``test_`` in a test.
 
     Args:
         labels: Names of the classes, or their number; default: those of the data module, or of ``model``.
@@ -75,20 +78,25 @@ class SequenceClassification(TransformerModule):
 
     @override
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        loss: Tensor = self(batch).loss
+        loss: Tensor = self(batch).loss  # with what an adapter such as AdaLoRA adds
         return loss
 
     @override
     def evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> None:
-        output = self(batch)
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
-        scores = output.logits.float()
-        self.metrics[stage].update(scores.squeeze(-1) if self.regression else scores.argmax(-1), batch["labels"])  # type: ignore[operator]
+        # Not the network's own loss, which has the dtype of its weights.
+        logits, labels = self._logits(batch), batch["labels"]
+        if self.regression:
+            predicted = logits.squeeze(-1)
+            loss = mse_loss(predicted, labels.to(predicted.dtype))
+        else:
+            predicted, loss = logits.argmax(-1), cross_entropy(logits, labels)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.metrics[stage].update(predicted, labels)  # type: ignore[operator]
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One record per text: ``label`` and ``probability``, or ``score``."""
-        logits = self({name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        logits = self._logits(batch)
         if self.regression:
             return [{"score": score} for score in logits.squeeze(-1).tolist()]
         probabilities, chosen = logits.softmax(-1).max(-1)
@@ -97,6 +105,11 @@ class SequenceClassification(TransformerModule):
             {"label": names[i], "probability": p}  # type: ignore[index]
             for i, p in zip(chosen.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Of the classes, shape (batch, classes), or scores, shape (batch, 1)."""
+        output = self({name: value for name, value in batch.items() if name != "labels"})
+        return full_precision(output.logits)
 
     @property
     def _num_labels(self) -> int:

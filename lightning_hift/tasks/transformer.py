@@ -24,6 +24,7 @@ from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
+from lightning_hift.tasks.metric_precision import FullPrecisionMetrics, full_precision_default
 from lightning_hift.tasks.network import (
     DType,
     NetworkSource,
@@ -154,7 +155,10 @@ class TransformerModule(HiFTModule):
         return {}
 
     def make_metrics(self) -> Mapping[str, Any]:
-        """Metrics by name, each a ``torchmetrics.Metric``; made anew for validation and test."""
+        """Metrics by name, each a ``torchmetrics.Metric``; made anew for validation and test.
+
+        Their states are float32 in every precision, and what they are updated with in 16 bits is converted.
+        """
         return {}
 
     @abstractmethod
@@ -177,9 +181,10 @@ class TransformerModule(HiFTModule):
             network = self._adapted(network, self.adapter)
         self.network = network
         for stage in ("val", "test"):
-            metrics = dict(self.make_metrics())
+            with full_precision_default():
+                metrics = self.make_metrics()
             if metrics:
-                self.metrics[stage] = MetricCollection(metrics, prefix=f"{stage}_")
+                self.metrics[stage] = FullPrecisionMetrics(metrics, prefix=f"{stage}_")
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
