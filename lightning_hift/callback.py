@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.attach import attach_engines, choose_policy
+from lightning_hift.attach import attach_engines, choose_policy, find_groups
 from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
@@ -35,12 +35,14 @@ from lightning_hift.random_state import get_random_state, set_random_state
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.report import describe_groups, describe_sweep
 from lightning_hift.run_length import run_length
-from lightning_hift.schedule import Order, SweepSchedule
+from lightning_hift.schedule import Order, SweepSchedule, check_order
 from lightning_hift.selection import SelectionPolicy, check_count
 from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.turns import Turns, choose_turns
 
 _ORDER: Order = "bottom2up"
-_STEPS_PER_GROUP = 4
+_USUAL = SweepSchedule(order=_ORDER, steps_per_group=Turns().steps_per_group, small_head=True)
+_DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 _LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
@@ -57,10 +59,11 @@ class HiFTCallback(Callback):
             ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
             the embedding is large, with no more state on the device than groups of 1. Each unit trains as often as in
             groups of 1, and its neighbours with it: ``steps_per_group`` then counts for each unit of a group. Default:
-            that of the policy, with HiFT ``"balanced"``, with others 1.
+            that of the policy, with HiFT ``"balanced"`` or, in very short runs, more; with others 1.
         order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
         reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
         steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
+            Default: as the length of the run allows, see ``choose_turns``; 4 if it is not known.
         hold_lr: ``"replay"`` keeps the learning rate constant in a sweep and makes up for the held-back scheduler steps
             at its end. ``"once"`` takes one scheduler step per sweep, as in the paper. ``"off"`` holds nothing back.
         units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
@@ -86,7 +89,7 @@ class HiFTCallback(Callback):
         group_size: int | str | None = None,
         order: Order | str = _ORDER,
         reshuffle: bool = False,
-        steps_per_group: int = _STEPS_PER_GROUP,
+        steps_per_group: int | None = None,
         hold_lr: HoldLR = "replay",
         units: list[str | list[str]] | None = None,
         frozen: list[str] | None = None,
@@ -96,26 +99,37 @@ class HiFTCallback(Callback):
         lr_scale: LRScale | None = None,
     ) -> None:
         check_hold_lr(hold_lr)
-        check_count("steps_per_group", steps_per_group)
-        usual_size, usual_scale = (BALANCED, AUTO) if policy is None else (1, 1.0)
-        self.group_size = cast(GroupSize, usual_size if group_size is None else group_size)
-        check_group_size(self.group_size)
+        if steps_per_group is not None:
+            check_count("steps_per_group", steps_per_group)
+        if group_size is not None:
+            check_group_size(group_size)
+        check_order(order, reshuffle)
         self.order = cast(Order, order)
         self.reshuffle = reshuffle
-        self.steps_per_group = steps_per_group
         self.hold_lr: HoldLR = hold_lr
         self.units = units
         self.frozen = frozen
         self.always_active = always_active
         self.seed = seed
+        usual_scale = AUTO if policy is None else 1.0
         self.lr_scale = cast(LRScale, usual_scale if lr_scale is None else lr_scale)
         check_lr_scale(self.lr_scale)
-        usual = SweepSchedule(order=_ORDER, steps_per_group=_STEPS_PER_GROUP, small_head=True)
-        asked = replace(usual, order=self.order, reshuffle=reshuffle, steps_per_group=steps_per_group)
-        self.policy = choose_policy(policy, replace(asked, per_unit=self.group_size == BALANCED), usual)
+        self._asked = cast("tuple[GroupSize | None, int | None]", (group_size, steps_per_group))
+        self._chooses = policy is None
+        size, steps, _ = Turns()
+        self.turns = Turns(
+            cast(GroupSize, group_size or (size if self._chooses else 1)),
+            steps_per_group or steps,
+            per_unit=self._chooses and group_size in (None, BALANCED),
+        )
+        """How layer groups take turns; chosen anew by the length of each run, as far as the user has not."""
+        self._turns_on_load: Turns | None = None
+        asked = replace(_USUAL, order=self.order, reshuffle=reshuffle, steps_per_group=self.steps_per_group)
+        self.policy = choose_policy(policy, replace(asked, per_unit=self.turns.per_unit), _USUAL)
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._knows_length = False
+        self._total_steps = math.inf
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
         self._backward_ran = False
         self._of_step: dict[int, dict[str, Tensor]] = {}  # what is to be logged of each engine's last step
@@ -132,6 +146,16 @@ class HiFTCallback(Callback):
     def groups(self) -> list[LayerGroup]:
         """All layer groups, optimizer by optimizer; empty before ``fit``."""
         return [group for engine in self._engines for group in engine.groups]
+
+    @property
+    def group_size(self) -> GroupSize:
+        """Layer units per group."""
+        return self.turns.group_size
+
+    @property
+    def steps_per_group(self) -> int:
+        """Optimizer steps of a turn."""
+        return self.turns.steps_per_group
 
     @property
     def grouping(self) -> dict[str, Any]:
@@ -170,19 +194,39 @@ class HiFTCallback(Callback):
             )
         self._engines = []
         self._running = self._knows_length = False
-        self._random_state = None
+        self._random_state = self._turns_on_load = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"random_state": get_random_state()}
+        return {"random_state": get_random_state(), "turns": list(self.turns)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random_state = state_dict.get("random_state")
+        self._turns_on_load = Turns(*state_dict.get("turns", ()))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
+
+    def choose_turns(self, trainer: pl.Trainer) -> None:
+        """Settle what the user has left to the length of the run; a run that resumes goes on as it was.
+
+        Runs before layer groups are formed. Sets up the data loaders of a run that begins.
+        """
+        if self._running or not self._chooses or None not in self._asked:
+            return
+        size, steps = self._asked
+        if self._turns_on_load is not None:
+            self.turns = Turns(size or self._turns_on_load.group_size, *self._turns_on_load[1:])
+        elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
+            grouping = {**self.grouping, "group_size": 1}
+            found = find_groups(trainer.lightning_module, trainer.strategy.optimizers, **grouping)
+            units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
+            total = run_length(trainer, len(found)).total_steps
+            self.turns = choose_turns(units, total, size, steps, _most_numel(trainer.strategy.root_device))
+        steps, per_unit = self.turns.steps_per_group, self.turns.per_unit
+        self.policy = replace(cast(SweepSchedule, self.policy), steps_per_group=steps, per_unit=per_unit)
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Put the Trainer's optimizers and schedulers under HiFT, once per ``fit``. Runs before a checkpoint is loaded.
@@ -197,6 +241,7 @@ class HiFTCallback(Callback):
             raise MisconfigurationException(
                 "configure_optimizers returned no optimizer, so there is nothing that HiFT could step. Return one."
             )
+        self.choose_turns(trainer)
         self._engines = attach_engines(
             trainer.lightning_module,
             strategy.optimizers,
@@ -242,6 +287,7 @@ class HiFTCallback(Callback):
 
     def _expect_length(self, trainer: pl.Trainer) -> None:
         # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
+        self._total_steps = run_length(trainer, len(self._engines)).total_steps
         self._knows_length = True
         for config in trainer.strategy.lr_scheduler_configs:
             if is_held(config.scheduler):
@@ -250,7 +296,7 @@ class HiFTCallback(Callback):
                     cast(Any, config.scheduler).refuse_waste()
 
     def _warn_about_length(self, trainer: pl.Trainer) -> None:
-        total = run_length(trainer, len(self._engines)).total_steps
+        total = self._total_steps
         for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
             missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
             if missing:
@@ -377,7 +423,7 @@ class HiFTCallback(Callback):
 
     def summary(self, pl_module: torch.nn.Module) -> str:
         """The table of groups that is shown at the start of fit."""
-        text = [self._engines[0].policy.describe(len(self.groups))]
+        text = [self._engines[0].policy.describe(len(self.groups)) + self._turns_in_run()]
         for engine in self._engines:
             most = engine.policy.most_groups
             text.append(describe_groups(engine.groups, engine.always_active, most, engine.lr_scales))
@@ -390,6 +436,14 @@ class HiFTCallback(Callback):
             names = ", ".join(name for name, _ in rest[:3]) + (", ..." if len(rest) > 3 else "")
             text.append(f"Frozen: {sum(p.numel() for _, p in rest):,} parameters in {len(rest)} tensors ({names})")
         return "\n".join(text)
+
+    def _turns_in_run(self) -> str:
+        engine = self._engines[0]
+        if math.isinf(self._total_steps):
+            return ""
+        layers = sum(len(group.units) for group in engine.groups)
+        sweeps = self._total_steps / engine.policy.steps_per_sweep
+        return f"; {self._total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
 
     def _engine_of(self, optimizer: Optimizer) -> tuple[int, HiFTEngine]:
         bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -452,6 +506,13 @@ class HiFTCallback(Callback):
 def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
     """The ``HiFTCallback`` of a Trainer, if it has one."""
     return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, HiFTCallback)), None)
+
+
+def _most_numel(device: torch.device) -> float:
+    """How many parameters a layer group may have that is larger than it must be."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory / _DEVICE_SHARE
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_hift.unit_search import has_parameters, join_path, search_units
 
-BALANCED = "balanced"
+BALANCED: Literal["balanced"] = "balanced"
 GroupSize = int | Literal["balanced"]
 
 

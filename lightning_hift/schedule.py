@@ -115,8 +115,9 @@ class SweepSchedule(SelectionPolicy):
     def describe(self, num_groups: int) -> str:
         """Order and steps."""
         ends = "" if self.state_handling == "keep" else ", state reset after each turn"
+        steps = f"{self.steps_per_group} step{'s' if self.steps_per_group > 1 else ''}"
         each = "for each unit" if self.per_unit else "each"
-        return f"{self.name}: {self.order} over {num_groups} layer groups, {self.steps_per_group} step(s) {each}{ends}"
+        return f"{self.name}: {self.order} over {num_groups} layer groups, {steps} {each}{ends}"
 
 
 def check_order(order: str, reshuffle: bool = False) -> None:

@@ -182,6 +182,8 @@ class StateHousing(Strategy):
         assert self.model is not None
         if any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
             return
+        assert self.lightning_module is not None
+        callback.choose_turns(self.lightning_module.trainer)
         told = check_before_run(
             self.model,
             self.optimizers,

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
 from lightning_hift.cli import main
 from tests.text_models import save_network
@@ -93,6 +95,22 @@ def test_readme_commands_from_files_to_a_transformers_folder(readme_folder):
     assert opened.config.id2label == {0: "no", 1: "yes"}
     results = readme_folder / "benchmarks" / "orders.jsonl"
     assert [json.loads(line)["status"] for line in results.read_text().splitlines()] == ["measured"] * 7
+
+
+@pytest.mark.parametrize("plain", ["false", "true"])
+def test_readme_reviews_are_learned_in_their_few_steps(readme_folder, plain, monkeypatch):
+    """A run of 16 steps, as the README has it but for the learning rate, which a network from nowhere needs."""
+    monkeypatch.chdir(readme_folder)
+    save_network(Path("my_model"), initializer_range=0.2)
+    rows = [f"{word} film,{verdict}" for word, verdict in (("good", "yes"), ("bad", "no")) for _ in range(150)]
+    Path("reviews.csv").write_text("\n".join(["review,verdict", *rows, ""]))
+    before = load_file("my_model/model.safetensors")
+    main(["fit", "--config", "reviews.yaml", f"--plain={plain}", "--model.init_args.optimizer.init_args.lr=0.01"])
+    checkpoint = torch.load("best.ckpt", weights_only=True)
+    (best,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    assert float(best["best_model_score"]) == 1.0
+    unchanged = [name for name, w in before.items() if torch.equal(w, checkpoint["state_dict"][f"network.bert.{name}"])]
+    assert not unchanged
 
 
 def test_readme_make_targets_exist():

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler as schedulers
 from transformers import get_scheduler
 
-from lightning_hift import SweepLR, SweepSchedule
+from lightning_hift import HiFTCallback, LayerUnit, SweepLR, SweepSchedule, group_units
 from lightning_hift.lr_forecast import SPANS_RUN, RunLength
 from lightning_hift.run_length import run_length
+from lightning_hift.turns import Turns, choose_turns
 from tests.models import Automatic, Manual, as_published, loader, trainer
 from tests.reference.sweep_means import sweep_means
 
@@ -242,3 +243,84 @@ def test_the_learning_rate_in_use_is_logged(lr_scale):
     trainer(callbacks=[as_published(lr_scale=lr_scale)]).fit(model, loader(13))
     # A callback's hooks come before the module's.
     assert logged == pytest.approx([lr * lr_scale for lr in model.lrs])
+
+
+# --- what is chosen by the length -------------------------------------------------------------------------------------
+
+
+def units_of(*sizes):
+    return [LayerUnit(f"unit{i}", (), {f"p{i}": torch.nn.Parameter(torch.zeros(size))}) for i, size in enumerate(sizes)]
+
+
+SMALL_LLAMA = units_of(80, *[10] * 30)  # as SmolLM2-135M: the embedding is as large as eight blocks
+LARGE_LLAMA = units_of(6, *[10] * 32, 6)  # as Llama-2-7B: blocks are the largest
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    total=st.integers(1, 5000),
+    group_size=st.sampled_from([None, None, "balanced", 1, 3]),
+    steps_per_group=st.sampled_from([None, None, 1, 5]),
+)
+def test_each_layer_trains_several_times_where_the_run_allows(sizes, total, group_size, steps_per_group):
+    units = units_of(*sizes)
+    turns = choose_turns(units, total, group_size, steps_per_group)
+    assert group_size in (None, turns.group_size)
+    assert steps_per_group in (None, turns.steps_per_group)
+    groups = group_units(units, turns.group_size)
+    if group_size is None and len(units) > 1:
+        assert len(groups) >= min(2, len(group_units(units, "balanced")))
+    if (group_size, steps_per_group) != (None, None):
+        return
+    schedule = SweepSchedule(steps_per_group=turns.steps_per_group, per_unit=turns.per_unit).bound_to(groups)
+    sweeps = total / schedule.steps_per_sweep
+    assert sweeps >= min(3, total / 2)
+    assert len(groups) == len(group_units(units, "balanced")) or total < 30 * len(group_units(units, "balanced"))
+    assert (turns.steps_per_group == 1) or sweeps >= 8
+
+
+def test_a_length_that_is_not_known():
+    assert choose_turns(SMALL_LLAMA, math.inf) == Turns("balanced", 4, per_unit=True)
+
+
+def test_a_group_is_enlarged_no_further_than_it_may_be():
+    assert choose_turns(LARGE_LLAMA, 20, most_numel=10).group_size == "balanced"
+    size = choose_turns(LARGE_LLAMA, 20, most_numel=35).group_size
+    assert max(group.numel for group in group_units(LARGE_LLAMA, size)) <= 35
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hift"])
+def test_a_trainer_chooses_by_the_length_of_its_run(strategy, caplog):
+    def fit(batches, **options):
+        callback = HiFTCallback(**options)
+        trainer(strategy=strategy, callbacks=[callback]).fit(Automatic(), loader(batches))
+        return callback
+
+    short = fit(12)
+    assert (short.steps_per_group, short.policy.per_unit) == (1, False)
+    assert "12 steps over 5 layers" in caplog.text
+    long = fit(200)
+    assert (long.steps_per_group, long.policy.per_unit) == (4, True)
+    given = fit(12, steps_per_group=3, group_size=1)
+    assert (given.steps_per_group, given.group_size) == (3, 1)
+
+
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path):
+    def fit(max_steps, ckpt_path=None):
+        callback = HiFTCallback()
+        run = trainer(callbacks=[callback], max_epochs=-1, max_steps=max_steps)
+        run.fit(Automatic(), loader(12), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        return callback
+
+    first = fit(12)
+    second = fit(400, tmp_path / "12.ckpt")
+    assert second.turns == first.turns
+    assert fit(400).turns != first.turns
+    old = torch.load(tmp_path / "12.ckpt", weights_only=True)
+    for state in old["callbacks"].values():
+        state.pop("turns", None)
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="another grouping or policy"):  # it was not written by the old defaults
+        fit(400, tmp_path / "old.ckpt")

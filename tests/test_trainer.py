@@ -723,9 +723,9 @@ def test_a_run_that_is_too_short_for_all_groups_is_warned_about():
 
     words = r"about 3 optimizer steps, too few for {} to come by all 5 .*: 4 of them will not train \("
     with pytest.warns(UserWarning, match=words.format("HiFT")):
-        fit(loader(3), callbacks=[HiFTCallback()])
+        fit(loader(3), callbacks=[HiFTCallback(group_size=1, steps_per_group=4)])
     with pytest.warns(UserWarning, match=words.format("HiFT")):
-        fit(loader(9), Manual(accumulate_grad_batches=3), callbacks=[HiFTCallback()])
+        fit(loader(9), Manual(accumulate_grad_batches=3), callbacks=[HiFTCallback(group_size=1, steps_per_group=4)])
     with pytest.warns(UserWarning, match=words.format("BAdam")):
         fit(loader(3), callbacks=[HiFTCallback(policy=BAdam(steps_per_block=3))])
     with warnings.catch_warnings():
