@@ -20,7 +20,7 @@ from lightning_hift.gradient_use import GradientUse
 from lightning_hift.master_weights import MasterWeights
 from lightning_hift.offload import Offload
 from lightning_hift.several_processes import SeveralProcesses
-from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
+from lightning_hift.sharded_checkpoint import is_sharded_checkpoint, load_callback_states, load_sharded, save_sharded
 from lightning_hift.sharded_tensors import as_sharded, local_part
 from lightning_hift.sharding import BackwardPrefetch, is_sharded_module, look_at_dtypes, reshard, shard
 from lightning_hift.state_partition import ShardedState
@@ -129,6 +129,9 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is not None:
+            callback = self._callback(trainer)
+            callback.load_state_dict(load_callback_states(trainer.ckpt_path).get(callback.state_key, {}))
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None

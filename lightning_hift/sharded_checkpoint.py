@@ -43,6 +43,16 @@ def is_sharded_checkpoint(path: _PATH) -> bool:
     return (Path(path) / _REST).is_file()
 
 
+def load_callback_states(path: _PATH) -> dict[str, Any]:
+    """The states of the callbacks in a checkpoint, a file or a folder, without the rest of it.
+
+    A strategy that loads checkpoints after its setup forms layer groups before callbacks are restored.
+    """
+    file = Path(path) / _REST if is_sharded_checkpoint(path) else path
+    states: dict[str, Any] = StreamingCheckpointIO().load_checkpoint(file, weights_only=True).get("callbacks", {})
+    return states
+
+
 def save_sharded(checkpoint: dict[str, Any], path: _PATH) -> None:
     """Write ``checkpoint`` to the folder ``path``, by all processes at once. What was there stays until it is whole.
 

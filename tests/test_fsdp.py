@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hift import (
+    HiFTCallback,
     HiFTFSDPStrategy,
     HiFTModule,
     HiFTStrategy,
@@ -237,6 +238,21 @@ def run_until(path, steps, resumed=None, world=2, precision="32-true", make_opti
     if path is not None:
         run.save_checkpoint(path)
     return whole(model)
+
+
+def choose_turns_of(path, steps, resumed):
+    callback = HiFTCallback()
+    run = trainer(strategy=HiFTFSDPStrategy(), devices=2, max_steps=steps, max_epochs=-1, callbacks=[callback])
+    run.fit(Automatic(), loader(rows(4, 2), 2, run.global_rank), ckpt_path=resumed)
+    run.save_checkpoint(path)
+    return list(callback.turns)
+
+
+def test_resumes_with_the_groups_of_a_shorter_run(two, tmp_path):
+    first = succeeded(two.run(choose_turns_of, tmp_path / "4.ckpt", 4, None))
+    again = succeeded(two.run(choose_turns_of, tmp_path / "5.ckpt", 5, tmp_path / "4.ckpt"))
+    assert first == again
+    assert first[0] == [3, 1, False]  # not as in a run whose length is not known
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
