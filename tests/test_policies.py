@@ -650,7 +650,7 @@ def test_what_is_logged_and_shown(capsys, caplog):
     assert callback.summary(run.lightning_module).startswith(
         "LISA over 3 layer groups: state_handling=keep, num_blocks=2"
     )
-    assert as_published().policy.describe(5) == "HiFT: bottom2up over 5 layer groups, 1 step(s) each"
+    assert as_published().policy.describe(5) == "HiFT: bottom2up over 5 layer groups, 1 step each"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
