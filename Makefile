@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := $(VENV)/.quickstart
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
 
 .PHONY: quickstart test test-all lint bench-cpu bench-gpu plans clean
 
