@@ -39,7 +39,7 @@ from lightning_hift.data import InstructionDataModule
 from lightning_hift.tasks import CausalLM
 
 # The best of several that were tried for each, with this model, this text and as many steps as two minutes allow.
-LEARNING_RATES = {"HiFT": 5e-5, "full fine-tuning": 1e-4}
+LEARNING_RATES = {"HiFT": 2.5e-5, "full fine-tuning": 1e-4}
 # Arguments of HiFTCallback: one step for each group, as a hundred steps are few for turns of many.
 HIFT: dict[str, Any] = {"policy": SweepSchedule(small_head=True), "group_size": "balanced", "lr_scale": "auto"}
 BATCH_SIZE = 4
