@@ -30,6 +30,8 @@ from lightning_hift.training_speed import TrainingSpeed
 
 _STRATEGIES = (HiFTStrategy, HiFTDDPStrategy, HiFTFSDPStrategy)
 _WITHOUT_A_RUN = ("groups", "plan")
+_TRAINER_DEFAULTS = {"strategy": "hift", "enable_model_summary": False}
+_NOISE = ("💡 Tip: ", "TPU available: False")  # how Lightning's messages that say nothing about a run begin
 _SIMPLE = ("offload", "offload_directory", "master_weights", "max_group_numel", "activation_budget")  # no classes
 _OTHER_SUBCOMMANDS = (
     "And: export a checkpoint to a folder; consolidate a sharded checkpoint to a file. See export --help and"
@@ -68,7 +70,8 @@ class HiFTCLI(LightningCLI):
         save_config_callback: See ``LightningCLI``; default: saves to the folder of the logs, if there is one.
         save_config_kwargs: See ``LightningCLI``; here, a second run may overwrite the first one's file.
         trainer_class: A ``HiFTTrainer``, for the subcommand ``groups``.
-        trainer_defaults: See ``LightningCLI``; a ``TrainingSpeed`` joins its callbacks.
+        trainer_defaults: See ``LightningCLI``; a ``TrainingSpeed`` joins its callbacks. Without a word on it, there is
+            no model summary, as the table of layer groups shows more.
         args: Arguments instead of those of the process.
         kwargs: Everything else that ``LightningCLI`` takes.
     """
@@ -84,6 +87,7 @@ class HiFTCLI(LightningCLI):
         args: ArgsType = None,
         **kwargs: Any,
     ) -> None:
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_noise)
         self._until_made = ExitStack()
         load_yaml = get_loader("yaml")
         set_loader("yaml", partial(_keep_hashes, load_yaml), (YAMLError,))
@@ -94,7 +98,7 @@ class HiFTCLI(LightningCLI):
                 save_config_callback,
                 {"overwrite": True, **(save_config_kwargs or {})},
                 trainer_class,
-                {"strategy": "hift", **(trainer_defaults or {}), "callbacks": _with_speed(trainer_defaults)},
+                {**_TRAINER_DEFAULTS, **(trainer_defaults or {}), "callbacks": _with_speed(trainer_defaults)},
                 args=args,
                 **kwargs,
             )
@@ -194,6 +198,10 @@ class HiFTCLI(LightningCLI):
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, RuntimeError, OSError) as error:
             self.parser.error(str(error))
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
 
 
 class WarningsOnly:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelSummary
 from torch import Tensor, nn
 
 from lightning_hift import HiFTCallback, HiFTStrategy
@@ -131,6 +133,24 @@ def run_cli(*args: str, model: Any = None, data: Any = None, **options: Any) -> 
 def callback_of(cli: HiFTCLI) -> HiFTCallback:
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, HiFTCallback)]  # type: ignore[attr-defined]
     return callback
+
+
+def test_fit_shows_the_groups_without_advertising_or_a_second_summary(
+    config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    del (changed := yaml.safe_load(Path(config).read_text()))["trainer"]["enable_model_summary"]
+    Path(config).write_text(yaml.safe_dump(changed))
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    try:
+        cli = run_cli("fit", "--config", config)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(isinstance(callback, ModelSummary) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    assert "HiFT: top2down over 2 layer groups" in caplog.text
+    assert "GPU available" in caplog.text
+    assert "Tip" not in caplog.text
+    assert "TPU" not in caplog.text
 
 
 def test_an_optimizer_keeps_its_own_defaults(config: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,6 @@ def test_memory_is_looked_at_on_demand_only(tmp_path):
 
 def test_batches_without_a_clock_count_as_much_as_the_others():
     meter = RunMeter()
-    meter._timed, meter._step_seconds, meter._untimed_batches = Seconds(6.0, 3.0), [1.0] * 4, 2
+    meter._timed, meter._timed_batches, meter._untimed_batches = Seconds(6.0, 3.0), 4, 2
     assert meter.elapsed == Seconds(9.0, 4.5)
     assert meter.batches == 6

@@ -1,6 +1,5 @@
-"""Benchmarks and comparisons of whole runs. Only the command line imports this."""
+"""Benchmarks and measures of whole runs. Of the package, only the command line imports this."""
 
-from lightning_hift.benchmark.comparison import FullFineTuningComparison
 from lightning_hift.benchmark.run_measures import RunMeasures
 
-__all__ = ["FullFineTuningComparison", "RunMeasures"]
+__all__ = ["RunMeasures"]

@@ -69,7 +69,6 @@ class RunMeasures(RunMeter):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._gradients = self._activations = 0
         self._accumulated = _gradient_bytes(pl_module)
         self._step_before = trainer.global_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -38,8 +37,7 @@ class RunMeter(Callback):
         self.updated = 0  # elements, summed over the steps
         self.steps = 0
         self._stepping: dict[Optimizer, int] = {}  # elements that this batch updates
-        self._step_seconds: list[float] = []
-        self._batch_since = 0.0
+        self._timed_batches = 0
         self._device = torch.device("cpu")
         self._timed = Seconds()
         self._since: Seconds | None = None  # None while the clock stands still
@@ -50,22 +48,12 @@ class RunMeter(Callback):
         """Training so far. A batch during which the clock stood still counts as much as the others on average."""
         running = Seconds() if self._since is None else _now().plus(self._since, -1)
         timed = self._timed.plus(running)
-        return timed.plus(timed, self._untimed_batches / max(1, len(self._step_seconds)))
+        return timed.plus(timed, self._untimed_batches / max(1, self._timed_batches))
 
     @property
     def batches(self) -> int:
         """Batches that were trained on."""
-        return len(self._step_seconds) + self._untimed_batches
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the clock so far."""
-        return self.elapsed.wall
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median over the batches, without the first one, which allocates."""
-        return median(self._step_seconds[1:] or self._step_seconds or [float("nan")])
+        return self._timed_batches + self._untimed_batches
 
     def stop(self) -> None:
         """Stop the clock, if it runs."""
@@ -85,12 +73,6 @@ class RunMeter(Callback):
         self.start()
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._batch_since = time.perf_counter()
-
-    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -107,7 +89,7 @@ class RunMeter(Callback):
         if self._since is None:
             self._untimed_batches += 1
         else:
-            self._step_seconds.append(time.perf_counter() - self._batch_since)
+            self._timed_batches += 1
         self.updated += sum(self._stepping.values())
         self._stepping = {}
         self.steps = trainer.global_step
