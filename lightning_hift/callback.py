@@ -44,6 +44,7 @@ _ORDER: Order = "bottom2up"
 _USUAL = SweepSchedule(order=_ORDER, steps_per_group=Turns().steps_per_group, small_head=True)
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 _LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
+_FEW_SWEEPS = 3
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
@@ -304,6 +305,12 @@ class HiFTCallback(Callback):
                     f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
                     f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
                     f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
+                )
+            elif self._chooses and any(self._asked) and total < _FEW_SWEEPS * engine.policy.steps_per_sweep:
+                rank_zero_warn(
+                    f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
+                    f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.group_size!r} and"
+                    f" steps_per_group={self.steps_per_group}. Leave them out to have them chosen by the length."
                 )
         if self.hold_lr != "once":
             return
