@@ -219,15 +219,17 @@ class HiFTCallback(Callback):
             return
         size, steps = self._asked
         if self._turns_on_load is not None:
-            self.turns = Turns(size or self._turns_on_load.group_size, *self._turns_on_load[1:])
+            loaded = self._turns_on_load
+            self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
         elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
             grouping = {**self.grouping, "group_size": 1}
             found = find_groups(trainer.lightning_module, trainer.strategy.optimizers, **grouping)
             units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
             total = run_length(trainer, len(found)).total_steps
             self.turns = choose_turns(units, total, size, steps, _most_numel(trainer.strategy.root_device))
-        steps, per_unit = self.turns.steps_per_group, self.turns.per_unit
-        self.policy = replace(cast(SweepSchedule, self.policy), steps_per_group=steps, per_unit=per_unit)
+        self.policy = replace(
+            cast(SweepSchedule, self.policy), steps_per_group=self.steps_per_group, per_unit=self.turns.per_unit
+        )
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Put the Trainer's optimizers and schedulers under HiFT, once per ``fit``. Runs before a checkpoint is loaded.
