@@ -215,7 +215,8 @@ class HiFTCallback(Callback):
 
         Runs before layer groups are formed. Sets up the data loaders of a run that begins.
         """
-        if self._running or not self._chooses or None not in self._asked:
+        strategy = trainer.strategy
+        if self._running or not self._chooses or None not in self._asked or _has_no_optimizer(strategy):
             return
         size, steps = self._asked
         if self._turns_on_load is not None:
@@ -223,10 +224,10 @@ class HiFTCallback(Callback):
             self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
         elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
             grouping = {**self.grouping, "group_size": 1}
-            found = find_groups(trainer.lightning_module, trainer.strategy.optimizers, **grouping)
+            found = find_groups(trainer.lightning_module, strategy.optimizers, **grouping)
             units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
             total = run_length(trainer, len(found)).total_steps
-            self.turns = choose_turns(units, total, size, steps, _most_numel(trainer.strategy.root_device))
+            self.turns = choose_turns(units, total, size, steps, _most_numel(strategy.root_device))
         self.policy = replace(
             cast(SweepSchedule, self.policy), steps_per_group=self.steps_per_group, per_unit=self.turns.per_unit
         )
@@ -240,7 +241,7 @@ class HiFTCallback(Callback):
         if self._running:
             return
         strategy = trainer.strategy
-        if any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers):
+        if _has_no_optimizer(strategy):
             raise MisconfigurationException(
                 "configure_optimizers returned no optimizer, so there is nothing that HiFT could step. Return one."
             )
@@ -515,6 +516,10 @@ class HiFTCallback(Callback):
 def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
     """The ``HiFTCallback`` of a Trainer, if it has one."""
     return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, HiFTCallback)), None)
+
+
+def _has_no_optimizer(strategy: Any) -> bool:
+    return any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers)
 
 
 def _most_numel(device: torch.device) -> float:

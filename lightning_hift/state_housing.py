@@ -130,6 +130,7 @@ class StateHousing(Strategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._hift = self._callback(trainer)
+            self._hift.choose_turns(trainer)
             self._check_memory(self._hift)
             self._hift.attach(trainer)
             self.on_attach(self._hift)
@@ -182,8 +183,6 @@ class StateHousing(Strategy):
         assert self.model is not None
         if any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
             return
-        assert self.lightning_module is not None
-        callback.choose_turns(self.lightning_module.trainer)
         told = check_before_run(
             self.model,
             self.optimizers,
