@@ -30,7 +30,8 @@ def call(
 ) -> Callable[[list[str], Path], str]:
     """Runs a command in a folder: ``lightning-hift``, or a script there, with its arguments.
 
-    In this process, which has imported already what a new one takes seconds for. Returns what was logged, and then what was printed.
+    In this process, which has imported already what a new one takes seconds for. Returns what was logged, and then
+    what was printed.
     """
     from lightning_hift.__main__ import main
 
