@@ -2,8 +2,6 @@
 
 import sys
 
-from lightning_hift.cli import main as run_cli
-
 
 def main() -> None:
     """Entry point of ``lightning-hift``."""
@@ -12,6 +10,8 @@ def main() -> None:
 
         run_benchmark(sys.argv[2:])
     else:
+        from lightning_hift.cli import main as run_cli
+
         run_cli()
 
 

@@ -69,6 +69,14 @@ def loaded_context() -> Any:
     return context
 
 
+def start_together(function: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> None:
+    """``torch.multiprocessing.spawn``, from what has been loaded already."""
+    from torch.multiprocessing import start_processes
+
+    loaded_context()
+    start_processes(function, args, nprocs, start_method="forkserver")
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
     with socket.socket() as free:

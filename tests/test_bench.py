@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,6 @@ import pytest
 import yaml
 
 from lightning_hift.benchmark import report
-from lightning_hift.benchmark.cell_process import run_cell
 from lightning_hift.benchmark.command import main
 from lightning_hift.benchmark.matrix import Benchmark, Cell, Limits, load_benchmark
 from lightning_hift.benchmark.plots import plot_curves, shorten_group
@@ -25,6 +25,7 @@ from lightning_hift.benchmark.records import append_record, merge_records, read_
 from lightning_hift.benchmark.report import measured_on, write_report
 from lightning_hift.benchmark.runner import Runner, is_loss
 from lightning_hift.benchmark.summary import summarize
+from tests.processes import loaded_context
 from tests.text_models import WORDS, save_network, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -158,23 +159,24 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path):
         read_records(path)
 
 
+def fill_the_disk(path, found):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    try:
+        append_record(path, {"a": "x" * 200})
+    except OSError as error:
+        found.send(str(error))
+
+
 def test_a_full_disk_leaves_no_torn_line(tmp_path):
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from lightning_hift.benchmark.records import append_record
-path = Path(sys.argv[1])
-append_record(path, {"a": 1})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    append_record(path, {"a": "x" * 200})
-except OSError as error:
-    print(error)
-"""
     path = tmp_path / "r.jsonl"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
-    assert "Make room and start again" in done.stdout, done.stderr
+    append_record(path, {"a": 1})
+    ours, theirs = loaded_context().Pipe()
+    process = loaded_context().Process(target=fill_the_disk, args=(path, theirs))
+    process.start()
+    assert ours.poll(60)
+    assert "Make room and start again" in ours.recv()
+    process.join()
     assert path.read_text() == '{"a": 1}\n'
 
 
@@ -215,17 +217,19 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
     assert [record["a"] for record in read_records(path)] == [1, 2, 3]
 
 
+def write_many(path, writer):
+    for i in range(100):
+        append_record(path, {"writer": writer, "i": i})
+
+
 def test_two_writers_lose_nothing(tmp_path):
-    code = """
-import sys
-from pathlib import Path
-from lightning_hift.benchmark.records import append_record
-for i in range(100):
-    append_record(Path(sys.argv[1]), {"writer": sys.argv[2], "i": i})
-"""
     path = tmp_path / "r.jsonl"
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "ab"]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+    writers = [loaded_context().Process(target=write_many, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert sorted((r["writer"], r["i"]) for r in read_records(path)) == [(w, i) for w in "ab" for i in range(100)]
 
 
@@ -427,26 +431,40 @@ def test_equal_time_takes_as_many_steps_as_the_baseline_has_room_for(here, monke
     assert again == []
 
 
-@pytest.mark.parametrize(
-    ("what", "status", "reason"),
-    [
-        ("crash", "failed", "RuntimeError: this one breaks"),
-        ("exit", "failed", "the process ended with code 2: a bad option"),
-        ("package", "skipped", "the package nowhere is not installed"),
-        ("memory", "out of memory", "too much"),
-        ("killed", "out of memory", "the process was killed"),
-        ("hog", "out of memory", "took more than 0.98 GiB of host memory"),
-        ("sleep", "timed out", "took more than 15 seconds"),
-    ],
-)
-def test_what_goes_wrong_is_a_row(here, what, status, reason):
+def assert_a_row(limits, what, status, reason):
     Path("out").mkdir()
-    limits = Limits(seconds=15 if what == "sleep" else 120, host_memory="1000MiB" if what == "hog" else None)
     bad = benchmark(options={"what": what}, limits=limits)
     (record,) = Runner(bad, Path("out/it.jsonl")).run(bad.cells()).values()
     assert record["status"] == status
     assert reason in record["reason"]
     assert read_records(Path("out/it.jsonl")) == [record]
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "reason"),
+    [
+        ("crash", "failed", "RuntimeError: this one breaks"),
+        ("exit", "failed", "the process ended with code 2: a bad option"),
+        ("killed", "out of memory", "the process was killed"),
+        ("hog", "out of memory", "took more than 0.98 GiB of host memory"),
+        ("sleep", "timed out", "took more than 3 seconds"),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_a_row(here, what, status, reason):
+    limits = Limits(seconds=3 if what == "sleep" else 120, host_memory="1000MiB" if what == "hog" else None)
+    assert_a_row(limits, what, status, reason)
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "reason"),
+    [
+        ("crash", "failed", "RuntimeError: this one breaks"),
+        ("package", "skipped", "the package nowhere is not installed"),
+        ("memory", "out of memory", "too much"),
+    ],
+)
+def test_what_a_run_raises_is_a_row(here, what, status, reason, runs_in_this_process):
+    assert_a_row(Limits(), what, status, reason)
 
 
 def test_what_depends_on_a_failure_is_skipped(here, monkeypatch):
@@ -468,11 +486,10 @@ def eventually(happened):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_benchmark_goes_on(here, sent):
+def test_an_interrupted_benchmark_goes_on(here, sent, call):
     path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
-    command = [sys.executable, "-m", "lightning_hift", "bench", "--config", path]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "lightning_hift", "bench", "--config", path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -486,8 +503,7 @@ def test_an_interrupted_benchmark_goes_on(here, sent):
     assert "Interrupted. What is recorded is not repeated" in told
     first = read_records(records)
     assert 1 <= len(first) < 3
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Written: out/it.md" in done.stdout
+    assert "Written: out/it.md" in call(["lightning-hift", "bench", "--config", path], here)
     assert read_records(records)[: len(first)] == first
     assert sorted(record["cell"]["seed"] for record in read_records(records)) == [0, 1, 2]
 
@@ -726,9 +742,8 @@ def test_json_of_a_record_is_one_line(here, monkeypatch):
 
 
 @pytest.fixture
-def project(here, monkeypatch):
+def project(here, runs_in_this_process):
     """A folder with the project's configurations and tiny data; runs are made in this process."""
-    monkeypatch.setattr(sys, "argv", ["lightning-hift"])
     shutil.copytree(ROOT / "configs", "configs")
     save_network(here / "model", max_position_embeddings=64)
     save_tokenizer(here / "model", model_max_length=64)
@@ -738,13 +753,6 @@ def project(here, monkeypatch):
     rows = "".join(f"{WORDS[i % 4]} film,{i % 2}\n" for i in range(24))
     for name in ("train.csv", "validation.csv"):
         Path(name).write_text(f"sentence,label\n{rows}")
-
-    def in_process(self, cell):
-        folder = here / f"run{len(list(here.iterdir()))}"
-        folder.mkdir()
-        return run_cell(self.benchmark.kind, cell.configs, cell.options, folder)
-
-    monkeypatch.setattr(Runner, "_in_process", in_process)
     return here
 
 

@@ -23,6 +23,7 @@ from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import append_record, read_records
 from lightning_hift.benchmark.runner import SCHEMA, Runner
 from lightning_hift.planner.setup import Setup
+from tests.processes import start_together
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "benchmark"
@@ -111,6 +112,7 @@ def test_the_arithmetic_of_the_paper_runs(configured: Any, tmp_path: Path) -> No
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("runs_in_this_process")
 def test_speed_from_end_to_end(configured: Any, tmp_path: Path) -> None:
     path = configured("speed_cpu.yaml", axes={"round": [1]}, sweeps=2, tiny=True)
     main(["--config", path, "--only", "variant=full,hift"])
@@ -203,7 +205,9 @@ def test_bad_options_of_speed(options: dict[str, Any], message: str, tmp_path: P
 # --- data parallel ----------------------------------------------------------------------------------------------------
 
 
-def test_data_parallel_from_end_to_end(configured: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("runs_in_this_process")
+def test_data_parallel_from_end_to_end(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start_together)
     path = configured("data_parallel_cpu.yaml", axes={"round": [1], "processes": [2]}, sweeps=1, tiny=True)
     main(["--config", path])
     records = read_records(tmp_path / "data_parallel_cpu.jsonl")
@@ -263,6 +267,7 @@ def test_bad_options_of_data_parallel(options: dict[str, Any], message: str, tmp
 # --- memory: runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("runs_in_this_process")
 def test_tiny_run_from_end_to_end(configured: Any, tmp_path: Path) -> None:
     chosen = ["llama3", "speed-full", "check-busy", "cap-48-fp32"]
     path = configured("memory_gpu.yaml", axes={"row": [*chosen, "split"]}, tiny=True)
@@ -286,6 +291,7 @@ def test_tiny_run_from_end_to_end(configured: Any, tmp_path: Path) -> None:
     assert "check-busy | elements that differ | at most 0 | - | 0 | met" in table
 
 
+@pytest.mark.usefixtures("runs_in_this_process")
 def test_a_failing_row_is_a_row(configured: Any, tmp_path: Path) -> None:
     path = configured("memory_gpu.yaml", axes={"row": ["split"]}, tiny=True, max_step=1)
     main(["--config", path])
@@ -348,6 +354,7 @@ def test_a_dry_run_shows_what_is_planned(configured: Any, tmp_path: Path, capsys
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.usefixtures("runs_in_this_process")
 def test_without_a_gpu_rows_are_skipped(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_report, "find_row", lambda name, small: row(name))  # planning real ones takes a minute
     main(["--config", configured("memory_gpu.yaml", axes={"row": ["split"]})])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from lightning_hift import HiFTStrategy
@@ -15,6 +14,7 @@ from lightning_hift.data import GenerationDataModule
 from lightning_hift.tasks import ConditionalGeneration
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge
 from tests.models import as_published
+from tests.processes import start_together
 from tests.tiny_texts import SMALL, adam, quiet_trainer, word_tokenizer, write_rows
 
 LETTERS = list("abcdefghij")
@@ -402,7 +402,7 @@ def _gather(rank: int, folder: str) -> None:
 def test_metrics_are_gathered_from_processes_with_unequal_shares(tmp_path: Path) -> None:
     from torchmetrics.text import SacreBLEUScore
 
-    multiprocessing.start_processes(_gather, (str(tmp_path),), nprocs=2, start_method="spawn")
+    start_together(_gather, (str(tmp_path),), 2)
     whole = {**Rouge()(PREDICTIONS, REFERENCES), "exact_match": ExactMatch()(PREDICTIONS, REFERENCES)}
     whole["bleu"] = SacreBLEUScore(n_gram=1)(PREDICTIONS, REFERENCES)
     for rank in (0, 1):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from lightning_hift import HiFTDDPStrategy, HiFTFSDPStrategy
+from lightning_hift.__main__ import main
 from tests.models import trainer
-from tests.processes import free_port
+from tests.processes import Processes, free_port, succeeded
 from tests.test_documents import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -30,17 +34,18 @@ OPTIONS = {
 }
 
 
-def start(command: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A command in a new folder with the README's configurations in it."""
+def with_configs(folder: Path) -> Path:
+    """A new folder with the README's configurations in it."""
     folder.mkdir()
     for text in blocks("yaml"):
         (folder / text.splitlines()[0].removeprefix("# ")).write_text(text)
-    own = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    return folder
+
+
+def start(command: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """A command in a new folder with the README's configurations in it."""
+    with_configs(folder)
+    own = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -51,12 +56,23 @@ def start(command: list[str], folder: Path, **environment: str) -> subprocess.Po
     )
 
 
+def run_here(folder: Path, words: list[str]) -> str:
+    """``lightning-hift`` in this process, which takes itself for one that a launcher has started; returns its log."""
+    told = StringIO()
+    logging.getLogger("lightning.pytorch").addHandler(logging.StreamHandler(told))
+    os.chdir(folder)
+    sys.argv = ["lightning-hift", *words]
+    main()
+    return told.getvalue()
+
+
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     (path,) = folder.rglob("*.ckpt")
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_two_nodes_and_one_node_with_two_devices_train_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_nodes_and_one_node_with_two_devices_train_the_same(launched: bool, tmp_path: Path, two: Processes) -> None:
     options = [f"--{key}={value}" for key, value in OPTIONS.items()]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GPUS": "1"}
     script = ["bash", str(ROOT / "examples" / "two_nodes.sh"), "--config", "run.yaml", *options]
@@ -67,10 +83,13 @@ def test_two_nodes_and_one_node_with_two_devices_train_the_same(tmp_path: Path) 
     assert not list((tmp_path / "node_1").rglob("*.ckpt"))
 
     # Its state is divided, which changes no weight. The other options are those of run.yaml.
-    command = [sys.executable, "-m", "lightning_hift", "fit", "--config", "two_gpus.yaml", "--hift.steps_per_group=2"]
-    one = start([*command, "--model.init_args.bytes_per_token=1", *options], tmp_path / "one_node")
-    text, _ = one.communicate(timeout=SECONDS)
-    assert one.returncode == 0, text
+    words = ["fit", "--config", "two_gpus.yaml", "--hift.steps_per_group=2", "--model.init_args.bytes_per_token=1"]
+    if launched:
+        one = start([sys.executable, "-m", "lightning_hift", *words, *options], tmp_path / "one_node")
+        text, _ = one.communicate(timeout=SECONDS)
+        assert one.returncode == 0, text
+    else:
+        text, _ = succeeded(two.run(run_here, with_configs(tmp_path / "one_node"), [*words, *options]))
     assert "first sweep done, all" in text
     found, expected = weights_in(tmp_path / "node_0"), weights_in(tmp_path / "one_node")
     assert found.keys() == expected.keys()
@@ -91,12 +110,13 @@ def test_other_devices_than_were_launched_are_refused(
     trainer(strategy=strategy(), devices=2)
 
 
-def test_a_sharded_run_is_consolidated_exported_and_opened(tmp_path: Path) -> None:
+def test_a_sharded_run_is_consolidated_exported_and_opened(
+    tmp_path: Path, call: Callable[[list[str], Path], str]
+) -> None:
     options = [f"--{key}={value}" for key, value in OPTIONS.items()]
-    command = [sys.executable, "-m", "lightning_hift"]
     sharded = ["fit", "--config=two_gpus.yaml", "--trainer.strategy=hift_fsdp", "--trainer.precision=bf16-true"]
     sharded += ["--hift.steps_per_group=2"]
-    run = start([*command, *sharded, *options], tmp_path / "run")
+    run = start([sys.executable, "-m", "lightning_hift", *sharded, *options], tmp_path / "run")
     text, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, text
     assert "first sweep done, all" in text
@@ -105,7 +125,7 @@ def test_a_sharded_run_is_consolidated_exported_and_opened(tmp_path: Path) -> No
         ["consolidate", f"--checkpoint={folder}", "--output=one.ckpt"],
         ["export", "--checkpoint=one.ckpt", "--output=exported"],
     ):
-        subprocess.run([*command, *arguments], cwd=tmp_path, check=True, timeout=SECONDS)
+        call(["lightning-hift", *arguments], tmp_path)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
     assert {f"network.{name}" for name in network.state_dict()} == saved.keys()

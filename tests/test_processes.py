@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
+from lightning_hift import MeZO
+from lightning_hift.data import ClassificationDataModule
 from lightning_hift.data.batches import OrderedExamples, ShuffledExamples
+from lightning_hift.tasks import SequenceClassification
+from tests.models import trainer
+from tests.processes import Processes, succeeded
 from tests.text_models import save_network
 
-ROOT = Path(__file__).parent.parent
 ROWS = [{"text": "good film" if i % 2 else "bad plot was awful", "label": int(i % 3 == 0)} for i in range(26)]
 
 
@@ -41,46 +45,36 @@ def test_evaluation_takes_each_row_once() -> None:
         OrderedExamples(range(6), 3, collate, 0, 3)
 
 
-FIT = """
-import json, os, sys
-import lightning.pytorch as pl
-import torch
-from lightning_hift import MeZO
-from lightning_hift.data import ClassificationDataModule
-from lightning_hift.tasks import SequenceClassification
-
-pl.seed_everything(0)
-data = ClassificationDataModule(
-    text="text",
-    label="label",
-    files={"train": "rows.jsonl", "validation": "rows.jsonl"},
-    batch_size=4,
-    cache_dir="cache",
-)
-optimizer = {"AdamW": torch.optim.AdamW, "MeZO": lambda parameters: MeZO(parameters, lr=1e-2)}[sys.argv[2]]
-task = SequenceClassification(model="model", optimizer=optimizer)
-several = {"strategy": "ddp", "devices": 2} if sys.argv[1] == "2" else {}
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **several, **quiet)
-(found,) = trainer.validate(task, data, verbose=False)
-trainer.fit(task, data)
-weights = sum(p.double().sum().item() for p in task.parameters())
-with open(f"found-{sys.argv[1]}-{trainer.global_rank}.json", "w") as file:
-    json.dump({"metrics": found, "weights": weights, "steps": trainer.global_step}, file)
-"""
+def fit(folder: Path, devices: int, optimizer: str) -> dict[str, Any]:
+    """Validate and fit on the rows in ``folder``, as one of ``devices`` processes."""
+    os.chdir(folder)
+    pl.seed_everything(0)
+    data = ClassificationDataModule(
+        text="text",
+        label="label",
+        files={"train": "rows.jsonl", "validation": "rows.jsonl"},
+        batch_size=4,
+        cache_dir="cache",
+    )
+    make = {"AdamW": torch.optim.AdamW, "MeZO": lambda parameters: MeZO(parameters, lr=1e-2)}[optimizer]
+    task = SequenceClassification(model="model", optimizer=make)
+    several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    fitting = trainer(num_sanity_val_steps=0, **several)
+    (found,) = fitting.validate(task, data, verbose=False)
+    fitting.fit(task, data)
+    weights = sum(p.double().sum().item() for p in task.parameters())
+    return {"metrics": found, "weights": weights, "steps": fitting.global_step}
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "MeZO"])
-def test_metrics_of_two_processes_are_those_of_one(optimizer: str, tmp_path: Path) -> None:
+def test_metrics_of_two_processes_are_those_of_one(
+    optimizer: str, tmp_path: Path, two: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "fit.py").write_text(FIT)
     save_network(tmp_path / "model")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for processes in ("1", "2"):
-        command = [sys.executable, "fit.py", processes, optimizer]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    one, first, second = (json.loads((tmp_path / f"found-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    monkeypatch.chdir(tmp_path)
+    one = fit(tmp_path, 1, optimizer)
+    first, second = succeeded(two.run(fit, tmp_path, 2, optimizer))
     assert first == second
     assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-5)  # float32 sums in another order
     assert set(one["metrics"]) == {"val_loss", "val_accuracy", "val_f1", "val_matthews"}

@@ -23,6 +23,7 @@ from lightning_hift.tasks import QuestionAnswering
 from lightning_hift.tasks.answer_spans import AnswerScores, best_spans
 from lightning_hift.tasks.entities import EntityScores
 from tests.models import as_published
+from tests.processes import start_together
 from tests.reference import squad_answers
 from tests.tiny_tokenizers import byte_level, wordpiece
 
@@ -398,7 +399,7 @@ def score_in_process(rank: int, folder: str) -> None:
 
 
 def test_scores_of_processes_are_gathered(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(score_in_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    start_together(score_in_process, (str(tmp_path),), 2)
     rows, true = made_up_rows(random.Random(3))
     metric = AnswerScores(0.0)
     fill(metric, rows, true, 100)
