@@ -309,7 +309,7 @@ class HiFTCallback(Callback):
                     f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
                     f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
                 )
-            elif self._chooses and any(self._asked) and total < _FEW_SWEEPS * engine.policy.steps_per_sweep:
+            elif self._chooses and any(self._asked) and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
                 rank_zero_warn(
                     f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
                     f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.group_size!r} and"
