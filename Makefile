@@ -3,22 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LATEST := .venv-latest
+# Tests at a time, each with one thread and about 1 GiB; several processes of one test count as one.
+WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-all lint bench-cpu bench-gpu plans clean
+.PHONY: quickstart test test-slow test-all test-latest lint bench-cpu bench-gpu plans clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+$(LATEST)/.installed: pyproject.toml constraints-latest.txt
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --constraint constraints-latest.txt --editable ".[test]"
+	touch $@
+
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-hift fit --config configs/quickstart.yaml
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/$(PYTEST) -m "not slow and not gpu"
 
+# The combinations of options that the ordinary tests leave out, and what takes long.
+test-slow: $(INSTALLED)
+	$(BIN)/$(PYTEST) -m "slow and not gpu"
+
+# Tests on a GPU one at a time, as they measure its memory.
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST) -m "not gpu"
+	$(BIN)/python -m pytest -m gpu
+
+# The ordinary tests with the newest releases of what the project builds on, in an environment of their own.
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/$(PYTEST) -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,4 +59,4 @@ plans: $(INSTALLED)
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis
