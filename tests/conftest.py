@@ -62,6 +62,16 @@ def runs_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     monkeypatch.setattr(Runner, "_in_process", in_process)
 
 
+@pytest.fixture
+def torchao_uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torchao compiles its step for each shape, which takes seconds and is tested once."""
+    if "torchao" not in request.node.name or request.node.originalname == "test_compiled_step":
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
     processes = Processes(2)

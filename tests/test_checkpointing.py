@@ -15,6 +15,7 @@ from lightning_hift import HiFTCallback, HiFTEngine
 from lightning_hift.activations import SavedBytes
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
+from tests.matrices import crossed
 from tests.models import (
     Automatic,
     Manual,
@@ -296,8 +297,11 @@ def test_plenty_checkpoints_nothing_after_the_first_sweep(name):
     budget.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "random", "reshuffle": True}, {"always_active": ["head"]}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    crossed(MODELS, [{}, {"order": "random", "reshuffle": True}, {"always_active": ["head"]}]),
+    ids=str,
+)
 def test_training_ends_with_the_same_weights(name, options):
     """Batches of many lengths, accumulation of two, dropout on, three sweeps."""
     lengths = [6, 9, 4, 12, 7, 3]

@@ -21,6 +21,7 @@ from lightning_hift.tasks import SequenceClassification
 from lightning_hift.tasks.export import read_tokenizer_files
 from lightning_hift.tasks.network import NetworkSource, build_network
 from lightning_hift.tasks.weight_decay import decay_groups
+from tests.matrices import crossed
 from tests.models import as_published
 from tests.text_models import WORDS, save_network, save_tokenizer
 
@@ -413,8 +414,11 @@ def classification_tasks() -> list[Path]:
     return [path for path in sorted(CONFIGS.glob("task/*.yaml")) if "SequenceClassification" in path.read_text()]
 
 
-@pytest.mark.parametrize("method", ["hift", "full"])
-@pytest.mark.parametrize("task", classification_tasks(), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("task", "method"),
+    crossed(classification_tasks(), ["hift", "full"]),
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_configs_run(task: Path, method: str, folder: Path, tmp_path: Path) -> None:
     columns = yaml.safe_load(task.read_text())["data"]["init_args"]
     names = [columns[key] for key in ("text", "text_pair") if key in columns]

@@ -9,6 +9,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from lightning_hift import HiFTEngine
 from lightning_hift.checkpointing import ActivationBudget
+from tests.matrices import crossed
 from tests.models import Net, adamw, assert_same_weights, tokens
 from tests.test_checkpointing import PLENTY, llama, loss_of, without_cache
 
@@ -69,13 +70,13 @@ def train(model, sweeps=3, nbytes=None, **options):
 
 
 CASES = [
-    *[("net", backend, memory) for backend in BACKENDS for memory in ("no budget", "plenty", "tight")],
-    ("llama", "eager", "no budget"),
-    ("llama", "aot_eager", "tight"),
+    *crossed(["net"], ["no budget", "plenty", "tight"], BACKENDS),
+    pytest.param("llama", "no budget", "eager", marks=pytest.mark.slow),
+    ("llama", "tight", "aot_eager"),
 ]
 
 
-@pytest.mark.parametrize(("name", "backend", "memory"), CASES)
+@pytest.mark.parametrize(("name", "memory", "backend"), CASES)
 def test_number_of_graphs_does_not_grow_with_depth(name, backend, memory):
     for depth in (3, 12):
         nbytes = {"no budget": None, "plenty": PLENTY, "tight": TIGHT[name][depth]}[memory]
@@ -162,7 +163,7 @@ def test_blocks_that_are_compiled_later_are_wrapped_again():
     assert [block._compiled_call_impl for block in model.blocks] == compiled
 
 
-@pytest.mark.parametrize("depth", [3, 12])
+@pytest.mark.parametrize("depth", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_whole_model_makes_one_graph_per_group(depth):
     """Why the guide says not to do it."""
     counting = Counting("eager")

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
 from tests.lagging import lagging
+from tests.matrices import crossed
 from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens
 from tests.reference.round_robin import train_round_robin
 from tests.reference.sweep_means import sweep_means
@@ -66,9 +67,10 @@ def test_equals_independent_optimizers_in_turn(name, offloader):
     assert_same_weights(model, twin)
 
 
-@pytest.mark.parametrize("offloader", ["host", "lagging"])
-@pytest.mark.parametrize("group_size", [2, 3, 4])
-@pytest.mark.parametrize("order", ["bottom2up", "top2down", "random"])
+@pytest.mark.parametrize(
+    ("order", "group_size", "offloader"),
+    crossed(["bottom2up", "top2down", "random"], [2, 3, 4], ["host", "lagging"]),
+)
 def test_orders_and_group_sizes(order, group_size, offloader):
     joined = [list(chain(*GROUPS[i : i + group_size])) for i in range(0, 5, group_size)]
     model, twin, batches = Net(), Net(), tokens(4 * len(joined) + 1)
@@ -212,9 +214,10 @@ def test_state_bytes():
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offloader", OFFLOADERS)
-@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "sgd_momentum", "adagrad", "adafactor"])
-@pytest.mark.parametrize("cut", [1, 4, 5, 8])
+@pytest.mark.parametrize(
+    ("cut", "name", "offloader"),
+    crossed([1, 4, 5, 8], ["adamw", "adamw_fused", "sgd_momentum", "adagrad", "adafactor"], OFFLOADERS),
+)
 def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
     def attach(model):
         return HiFTEngine.attach(

@@ -19,6 +19,7 @@ from lightning_hift.packaged_optimizers import GaLoreAdamW, OffloadedAdamW
 from lightning_hift.tasks.adapters import add_adapter
 from lightning_hift.tasks.network import NetworkSource, build_network, peft_task_type
 from lightning_hift.tasks.run_facts import run_facts
+from tests.matrices import crossed
 from tests.models import Manual, ResumableLoader, assert_same_weights, loader, tokens, trainer, weights
 from tests.text_models import save_network
 from tests.tiny_texts import byte_tokenizer, write_rows
@@ -98,15 +99,7 @@ def skip_without_package(method: str) -> None:
         pytest.skip("cpu_offload needs a CUDA GPU")
 
 
-def with_tasks(methods: list[str], all_tasks: tuple[str, ...] = ()) -> Iterator[Any]:
-    """Methods with each kind of task; those not in ``all_tasks`` with one in turn, the rest slowly."""
-    for i, method in enumerate(methods):
-        for j, task in enumerate(ROWS):
-            ordinary = method in all_tasks or j == i % len(ROWS)
-            yield pytest.param(method, task, marks=[] if ordinary else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize(("method", "task"), with_tasks(METHODS, all_tasks=("hift",)))
+@pytest.mark.parametrize(("method", "task"), crossed(METHODS, ROWS))
 def test_each_method_runs_on_each_kind_of_task(method: str, task: str, tmp_path: Path) -> None:
     skip_without_package(method)
     small = ["--model.optimizer.rank=4"] if method == "galore" else []
@@ -132,7 +125,7 @@ def test_full_fine_tuning_is_one_group_of_hift(tmp_path: Path) -> None:
     assert_same_weights(plain.model, grouped.model)
 
 
-@pytest.mark.parametrize(("method", "task"), with_tasks(["bitfit", "linear_probing"]))
+@pytest.mark.parametrize(("method", "task"), crossed(["bitfit", "linear_probing"], ROWS))
 def test_a_part_trains_and_the_rest_neither_moves_nor_has_state(method: str, task: str, tmp_path: Path) -> None:
     cli = run(task, method, tmp_path)
     names = {id(p): name for name, p in cli.model.named_parameters()}

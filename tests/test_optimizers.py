@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader, SweepLR
 from tests.lagging import LaggingDevice
+from tests.matrices import crossed
 from tests.models import (
     Automatic,
     Net,
@@ -32,14 +33,7 @@ pytestmark = [
 STEPS, CUT = 23, 13  # 4 whole sweeps and a part; a cut in the middle of one
 
 
-@pytest.fixture(autouse=True)
-def without_compiling(request):
-    """torchao compiles its step for each shape, which takes seconds and is tested once."""
-    if "torchao" not in request.node.name or request.node.get_closest_marker("slow"):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("torchao_uncompiled")
 
 
 def factor(step):
@@ -133,8 +127,7 @@ def assert_same(a, b, path="optimizer"):
 # --- against the oracle -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("always_active", [[], ["head"]], ids=["rotating", "head_always_active"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "always_active"), crossed(OPTIMIZERS, [[], ["head"]]), ids=str)
 def test_plain_loop(name, always_active):
     case, batches = OPTIMIZERS[name], tokens(STEPS)
     model = case.model()

@@ -33,6 +33,7 @@ from lightning_hift.memory import GroupBytes, check_memory
 from lightning_hift.preflight import check_before_run
 from lightning_hift.table import format_bytes
 from tests.lagging import lagging
+from tests.matrices import crossed
 from tests.models import (
     Automatic,
     Net,
@@ -269,9 +270,7 @@ def test_a_pattern_shares_nothing_with_its_copies(name):
 # --- against the oracle -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("offloader", ["host", "lagging"])
+@pytest.mark.parametrize(("name", "optimizer", "offloader"), crossed(POLICIES, OPTIMIZERS, ["host", "lagging"]))
 def test_equals_independent_optimizers(name, optimizer, offloader):
     model, batches = Net(), tokens(17)
     engine = attach(model, POLICIES[name](), optimizer, make_offloader=OFFLOADERS[offloader])
@@ -279,6 +278,7 @@ def test_equals_independent_optimizers(name, optimizer, offloader):
     assert_same_weights(model, train_twin(engine, POLICIES[name](), optimizer, [[batch] for batch in batches]))
 
 
+@pytest.mark.usefixtures("torchao_uncompiled")
 @pytest.mark.parametrize("policy", [LISA(2, 3), BAdam(3), HFT(2, "reset")], ids=["lisa", "badam", "hft_reset"])
 @pytest.mark.parametrize("name", ["Prodigy", "DAdapt_Adam", "ScheduleFree_AdamW", "optimi_Adan", "torchao_AdamW8bit"])
 def test_optimizers_of_others(name, policy):
@@ -326,9 +326,10 @@ def test_state_on_disk_is_reset_and_its_space_given_back(make, optimizer, tmp_pa
     engine.close()
 
 
-@pytest.mark.parametrize("master_weights", ["full", "split"])
-@pytest.mark.parametrize("name", ["lisa", "lisa_reset", "badam", "hft_reset"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adagrad"])
+@pytest.mark.parametrize(
+    ("name", "master_weights", "optimizer"),
+    crossed(["lisa", "lisa_reset", "badam", "hft_reset"], ["full", "split"], ["adamw", "adagrad"]),
+)
 def test_masters_and_slices_survive_a_reset(name, master_weights, optimizer):
     """In 16 bits, with slices, on a lagging device, against the same without slices and copies."""
 
@@ -425,9 +426,7 @@ def test_a_closure_shows_its_loss_to_the_policy():
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("cut", [1, 7, 9])
+@pytest.mark.parametrize(("name", "optimizer", "cut"), crossed(POLICIES, OPTIMIZERS, [1, 7, 9]))
 def test_exact_resume(name, optimizer, cut):
     batches = tokens(16)
     whole, model = Net(), Net()
@@ -496,9 +495,7 @@ def fit(model, policy, count=12, **options):
     return run
 
 
-@pytest.mark.parametrize("strategy", ["auto", "hift"])
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("name", "strategy", "accumulate"), crossed(POLICIES, ["auto", "hift"], [1, 3]))
 def test_the_callback_trains_as_the_plain_loop(name, strategy, accumulate):
     model, twin, batches = Automatic(), Net(), tokens(18)
     run = fit(model, POLICIES[name](), 18, strategy=strategy, accumulate_grad_batches=accumulate)

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader
 from lightning_hift.row_slices import cut_into_turns, steps_element_wise
 from tests.lagging import LaggingDevice
+from tests.matrices import crossed
 from tests.models import (
     Automatic,
     Net,
@@ -66,9 +67,9 @@ def train(make, max_group_numel=None, steps=11, model=None, **options):
     return model, engine
 
 
-@pytest.mark.parametrize("make_offloader", [None, lagging], ids=["host", "lagging"])
-@pytest.mark.parametrize("numel", [64, 300, 1000, 3200])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "numel", "make_offloader"), crossed(OPTIMIZERS, [64, 300, 1000, 3200], [None, lagging])
+)
 def test_slices_change_no_number(name, numel, make_offloader):
     whole, other = train(OPTIMIZERS[name])
     sliced, engine = train(OPTIMIZERS[name], numel, make_offloader=make_offloader)
