@@ -46,7 +46,8 @@ test-all: $(INSTALLED) lint
 	$(BIN)/$(PYTEST) -m "not gpu"
 	$(BIN)/python -m pytest -m gpu
 
-# The ordinary tests with the newest releases of what the project builds on, in an environment of their own.
+# The ordinary tests with the newest releases of what the project builds on, in an environment of their own. On Linux,
+# this torch brings some 3 GB of CUDA's libraries along, unless pip finds its build for CPUs, as by --find-links.
 test-latest: $(LATEST)/.installed
 	$(LATEST)/bin/$(PYTEST) -m "not slow and not gpu"
 

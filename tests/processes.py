@@ -7,7 +7,9 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from random import SystemRandom
 from typing import Any
 
 _SECONDS = 240  # for one function
@@ -78,10 +80,12 @@ def start_together(function: Callable[..., Any], args: tuple[Any, ...], nprocs: 
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port on which nobody listens, and that no connection of another test gets: those are above 32768."""
+    while True:
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def take_part(rank: int, count: int, port: int) -> None:

@@ -23,7 +23,7 @@ from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import append_record, read_records
 from lightning_hift.benchmark.runner import SCHEMA, Runner
 from lightning_hift.planner.setup import Setup
-from tests.processes import start_together
+from tests.processes import free_port, start_together
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "benchmark"
@@ -208,6 +208,7 @@ def test_bad_options_of_speed(options: dict[str, Any], message: str, tmp_path: P
 @pytest.mark.usefixtures("runs_in_this_process")
 def test_data_parallel_from_end_to_end(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.multiprocessing, "spawn", start_together)
+    monkeypatch.setattr(data_parallel, "find_free_network_port", free_port)
     path = configured("data_parallel_cpu.yaml", axes={"round": [1], "processes": [2]}, sweeps=1, tiny=True)
     main(["--config", path])
     records = read_records(tmp_path / "data_parallel_cpu.jsonl")

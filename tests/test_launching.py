@@ -45,7 +45,8 @@ def with_configs(folder: Path) -> Path:
 def start(command: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
     """A command in a new folder with the README's configurations in it."""
     with_configs(folder)
-    own = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = {"PYTHONPATH": str(ROOT), "PATH": path, "MASTER_PORT": str(free_port())}
     return subprocess.Popen(
         command,
         cwd=folder,
