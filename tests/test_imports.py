@@ -15,7 +15,7 @@ FLOORS = [
     | {"offload", "transfers", "host_memory", "state_tree", "master_weights", "row_slices"}
     | {"optimizer_twin", "optimizer_checks", "stepped_options", "activations", "reentrant"}
     | {"allocations", "memory", "probe"}
-    | {"selection", "policies", "drawn_blocks", "lr_scale", "sharded_tensors"},
+    | {"selection", "policies", "drawn_blocks", "lr_scale", "lr_forecast", "turns", "sharded_tensors"},
     {
         "engine",
         "attach",
@@ -32,6 +32,7 @@ FLOORS = [
     },
     {
         "callback",
+        "run_length",
         "state_housing",
         "strategy",
         "ddp_strategy",
