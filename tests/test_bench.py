@@ -443,7 +443,7 @@ def assert_a_row(limits, what, status, reason):
 @pytest.mark.parametrize(
     ("what", "status", "reason"),
     [
-        ("crash", "failed", "RuntimeError: this one breaks"),
+        pytest.param("crash", "failed", "RuntimeError: this one breaks", marks=pytest.mark.slow),
         ("exit", "failed", "the process ended with code 2: a bad option"),
         ("killed", "out of memory", "the process was killed"),
         ("hog", "out of memory", "took more than 0.98 GiB of host memory"),
@@ -485,7 +485,7 @@ def eventually(happened):
     return any(happened() or time.sleep(0.1) for _ in range(600))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_benchmark_goes_on(here, sent, call, request):
     path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
     process = subprocess.Popen(
@@ -780,7 +780,9 @@ def test_the_benchmark_of_methods_on_a_cpu_runs(project):
     assert "Tried out with task trec_dev, seed 100" in text
 
 
-@pytest.mark.parametrize(("name", "cells"), [("paper_ablation", 13), ("paper_quality", 15)])
+@pytest.mark.parametrize(
+    ("name", "cells"), [pytest.param("paper_ablation", 13, marks=pytest.mark.slow), ("paper_quality", 15)]
+)
 def test_the_papers_benchmarks_run(project, name, cells):
     data = [f"data.init_args.{setting}" for setting in OWN_ROWS]
     only = ["model=roberta_base", "task=sst2", "seed=0"]

@@ -419,6 +419,7 @@ def test_main_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow  # so do the tests of the quickstart and of launching
 def test_module_runs_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lightning_hift", "--help"], capture_output=True, text=True, cwd=tmp_path

@@ -24,6 +24,7 @@ from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.network import NetworkSource, build_network
 from tests.lagging import LaggingDevice
+from tests.matrices import crossed
 from tests.models import Net, language_model
 
 ROOT = Path(__file__).parent.parent
@@ -252,9 +253,12 @@ def test_prediction_against_real_training(run: dict[str, Any]) -> None:
     assert max(peaks.values()) == pytest.approx(predicted.peak - CONTEXT_BYTES, rel=0.05)
 
 
-@pytest.mark.parametrize("offload", ["host", "none"])
-@pytest.mark.parametrize("policy", [LISA(2, 1), LISA(1, 2, "reset"), BAdam(1)], ids=["lisa", "lisa_reset", "badam"])
-def test_prediction_of_a_policy_against_real_training(policy: SelectionPolicy, offload: Any) -> None:
+FEW: dict[str, SelectionPolicy] = {"lisa": LISA(2, 1), "badam": BAdam(1), "lisa_reset": LISA(1, 2, "reset")}
+
+
+@pytest.mark.parametrize(("name", "offload"), crossed(FEW, ["host", "none"]))
+def test_prediction_of_a_policy_against_real_training(name: str, offload: Any) -> None:
+    policy = FEW[name]
     network, batch = real_model("llama", LLAMA, torch.float32, False), (4, 64)
     workload = Workload(network, lambda p: torch.optim.AdamW(p, lr=1e-3), policy=policy)
     setup = Setup(batch_size=4, sequence_length=64, offload=offload)

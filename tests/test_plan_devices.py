@@ -359,8 +359,13 @@ TINY = ["--batch-size=1", "--sequence-length=8", "--compare=false"]
         ({"strategy": "hift_fsdp", "devices": 4, "num_nodes": 2}, [], "hift_fsdp on 8 devices, 4 on each of 2 host(s)"),
         ({"strategy": "hift_ddp", "devices": [0, 1]}, [], "hift_ddp on 2 devices, 2 on each of 1 host(s)"),
         ({"strategy": "hift_ddp", "devices": "0,2,3"}, [], "hift_ddp on 3 devices"),
-        ({"devices": "auto"}, ["--devices=4"], "hift_ddp on 4 devices"),
-        ({"strategy": "hift_fsdp"}, ["--devices=4", "--hosts=2"], "hift_fsdp on 4 devices, 2 on each of 2 host(s)"),
+        pytest.param({"devices": "auto"}, ["--devices=4"], "hift_ddp on 4 devices", marks=pytest.mark.slow),
+        pytest.param(
+            {"strategy": "hift_fsdp"},
+            ["--devices=4", "--hosts=2"],
+            "hift_fsdp on 4 devices, 2 on each of 2 host(s)",
+            marks=pytest.mark.slow,
+        ),
         ({"strategy": "hift_ddp", "devices": 8}, ["--strategy=hift_fsdp"], "hift_fsdp on 8 devices"),
         (
             {"strategy": {"class_path": "lightning_hift.HiFTDDPStrategy"}, "devices": 4},
@@ -387,7 +392,10 @@ def test_command_compares_the_strategies(command: Any, capsys: pytest.CaptureFix
     assert "HiFT, hift_ddp  " not in shown  # as asked
 
 
-@pytest.mark.parametrize("trainer", [{"strategy": "hift_fsdp", "devices": 1}, {"strategy": "hift_ddp"}])
+@pytest.mark.parametrize(
+    "trainer",
+    [{"strategy": "hift_fsdp", "devices": 1}, pytest.param({"strategy": "hift_ddp"}, marks=pytest.mark.slow)],
+)
 def test_command_on_one_device_says_what_it_always_said(
     trainer: Any, command: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

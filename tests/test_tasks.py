@@ -157,6 +157,7 @@ def test_bytes_per_token_must_be_positive() -> None:
         tiny(bytes_per_token=0)
 
 
+@pytest.mark.slow  # test_imports.py looks for such imports
 def test_import_does_not_load_transformers() -> None:
     # torchmetrics, which Lightning imports, loads some of it itself.
     code = """if True:
