@@ -216,7 +216,7 @@ class HiFTCallback(Callback):
         Runs before layer groups are formed. Sets up the data loaders of a run that begins.
         """
         strategy = trainer.strategy
-        if self._running or not self._chooses or None not in self._asked or _has_no_optimizer(strategy):
+        if self._running or not self._chooses or None not in self._asked or has_no_optimizer(strategy):
             return
         size, steps = self._asked
         if self._turns_on_load is not None:
@@ -241,7 +241,7 @@ class HiFTCallback(Callback):
         if self._running:
             return
         strategy = trainer.strategy
-        if _has_no_optimizer(strategy):
+        if has_no_optimizer(strategy):
             raise MisconfigurationException(
                 "configure_optimizers returned no optimizer, so there is nothing that HiFT could step. Return one."
             )
@@ -518,7 +518,8 @@ def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
     return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, HiFTCallback)), None)
 
 
-def _has_no_optimizer(strategy: Any) -> bool:
+def has_no_optimizer(strategy: Any) -> bool:
+    """Whether ``configure_optimizers`` returned none, in whose place Lightning puts one of its own."""
     return any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hift.attach import find_groups
-from lightning_hift.callback import HiFTCallback, find_callback
+from lightning_hift.callback import HiFTCallback, find_callback, has_no_optimizer
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.master_weights import MasterWeights, check_master_weights
 from lightning_hift.memory import parse_bytes
@@ -181,7 +180,7 @@ class StateHousing(Strategy):
     def _check_memory(self, callback: HiFTCallback) -> None:
         """Before anything is allocated."""
         assert self.model is not None
-        if any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
+        if has_no_optimizer(self):
             return
         told = check_before_run(
             self.model,
