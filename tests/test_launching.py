@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tests.processes import Processes, free_port, succeeded
 from tests.test_documents import blocks
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 600
+SECONDS = 300
 OPTIONS = {
     "trainer.max_steps": 8,
     "trainer.limit_val_batches": 1,
@@ -46,7 +47,7 @@ def start(command: list[str], folder: Path, **environment: str) -> subprocess.Po
     """A command in a new folder with the README's configurations in it."""
     with_configs(folder)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own = {"PYTHONPATH": str(ROOT), "PATH": path, "MASTER_PORT": str(free_port())}
+    own = {"PYTHONPATH": str(ROOT), "PATH": path, "MASTER_PORT": str(free_port()), "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -54,7 +55,17 @@ def start(command: list[str], folder: Path, **environment: str) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # what it starts is of its group, which ``printed_by`` ends as a whole
     )
+
+
+def printed_by(process: subprocess.Popen[str]) -> str:
+    """All that a command and what it starts print. Where it hangs, each of their threads says where."""
+    try:
+        return process.communicate(timeout=SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        pytest.fail(f"Nothing ended within {SECONDS} s. Printed:\n{process.communicate()[0]}")
 
 
 def run_here(folder: Path, words: list[str]) -> str:
@@ -78,7 +89,7 @@ def test_two_nodes_and_one_node_with_two_devices_train_the_same(launched: bool, 
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GPUS": "1"}
     script = ["bash", str(ROOT / "examples" / "two_nodes.sh"), "--config", "run.yaml", *options]
     nodes = [start(script, tmp_path / f"node_{rank}", NODE_RANK=str(rank), **place) for rank in (0, 1)]
-    printed = [node.communicate(timeout=SECONDS)[0] for node in nodes]
+    printed = [printed_by(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
     assert "first sweep done, all" in printed[0]
     assert not list((tmp_path / "node_1").rglob("*.ckpt"))
@@ -87,7 +98,7 @@ def test_two_nodes_and_one_node_with_two_devices_train_the_same(launched: bool, 
     words = ["fit", "--config", "two_gpus.yaml", "--hift.steps_per_group=2", "--model.init_args.bytes_per_token=1"]
     if launched:
         one = start([sys.executable, "-m", "lightning_hift", *words, *options], tmp_path / "one_node")
-        text, _ = one.communicate(timeout=SECONDS)
+        text = printed_by(one)
         assert one.returncode == 0, text
     else:
         text, _ = succeeded(two.run(run_here, with_configs(tmp_path / "one_node"), [*words, *options]))
@@ -118,7 +129,7 @@ def test_a_sharded_run_is_consolidated_exported_and_opened(
     sharded = ["fit", "--config=two_gpus.yaml", "--trainer.strategy=hift_fsdp", "--trainer.precision=bf16-true"]
     sharded += ["--hift.steps_per_group=2"]
     run = start([sys.executable, "-m", "lightning_hift", *sharded, *options], tmp_path / "run")
-    text, _ = run.communicate(timeout=SECONDS)
+    text = printed_by(run)
     assert run.returncode == 0, text
     assert "first sweep done, all" in text
     (folder,) = (tmp_path / "run").rglob("*.ckpt")
