@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a run sets does not reach the tests after it: with a rank, Lightning waits for others to start the rest."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def quiet_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds stay in the test that sets them, and Lightning does not advertise."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
