@@ -28,7 +28,8 @@ class HostMemory:
     each allocation is padding.
 
     Args:
-        pin: Page-lock the memory. If the system refuses, there is one warning, and all is pageable from then on.
+        pin_for: Page-lock the memory for this device. If the system refuses, there is one warning, and all is pageable
+            from then on.
         directory: Map files in a new folder of this directory instead. It needs as much free space as is asked for.
 
     Raises:
@@ -36,8 +37,10 @@ class HostMemory:
         PermissionError: It cannot be written to.
     """
 
-    def __init__(self, pin: bool = False, directory: str | os.PathLike[str] | None = None) -> None:
-        self.pinned = pin and directory is None
+    def __init__(
+        self, pin_for: torch.device | None = None, directory: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._pin_for = pin_for if directory is None else None
         self.nbytes = 0
         self._folder: Path | None = None
         self._files = 0
@@ -77,11 +80,11 @@ class HostMemory:
             weakref.finalize(memory.untyped_storage(), _remove_file, path, os.getpid()).atexit = False
             return memory
         memory = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-        if self.pinned:
+        if self._pin_for is not None:
             try:
-                page_lock(memory)
+                page_lock(memory, self._pin_for)
             except RuntimeError as error:
-                self.pinned = False
+                self._pin_for = None
                 warnings.warn(
                     f"Page-locked host memory was refused ({error}). Optimizer state goes to pageable memory, and"
                     " copies are slower. Raise the limit (ulimit -l), or pass pin_memory=False to silence this.",
@@ -111,25 +114,35 @@ class HostMemory:
             ) from error
 
 
-def page_lock(memory: Tensor) -> None:
-    """Page-lock a tensor's memory for as long as it exists.
+def can_page_lock(device: torch.device) -> bool:
+    """Whether ``device`` copies faster, and without the host, from and to memory that is page-locked for it."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "cudart")
+
+
+def page_lock(memory: Tensor, device: torch.device) -> None:
+    """Page-lock a tensor's memory for ``device``, as long as it exists.
 
     Raises:
-        RuntimeError: CUDA refused.
+        RuntimeError: The device's runtime refused.
     """
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime: Any = torch.get_device_module(device).cudart()
     address = memory.data_ptr()
-    result = cudart.cudaHostRegister(address, memory.numel(), 0)
+    result = runtime.cudaHostRegister(address, memory.numel(), 0)
     if int(result) != 0:
-        _forget_last_error()
-        raise RuntimeError(cudart.cudaGetErrorString(result))
-    weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
+        _forget_last_error(device)
+        raise RuntimeError(runtime.cudaGetErrorString(result))
+    weakref.finalize(memory.untyped_storage(), _unlock, runtime, address, os.getpid()).atexit = False
 
 
-def _forget_last_error() -> None:
+def _unlock(runtime: Any, address: int, owner: int) -> None:
+    if os.getpid() == owner:  # a fork's memory is a copy, which was never locked
+        runtime.cudaHostUnregister(address)
+
+
+def _forget_last_error(device: torch.device) -> None:
     """CUDA remembers a failed call, and torch would report it at the next kernel, which has nothing to do with it."""
     with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
+        torch.zeros(1, device=device)
 
 
 def check_directory(directory: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from lightning_hift.host_memory import HostMemory
+from lightning_hift.host_memory import HostMemory, can_page_lock
 from lightning_hift.state_tree import FlatState, State, count_bytes, flatten_state
 from lightning_hift.transfers import DeviceSlot, Transfers, slot_bytes
 
@@ -79,14 +79,14 @@ class StateOffloader:
         self.device = torch.device(device)
         self.offload = offload
         self.prefetch = prefetch
-        on_gpu = self.device.type == "cuda"
-        self._memory = HostMemory(pin_memory and on_gpu, directory)
+        pinned = pin_memory and can_page_lock(self.device)
+        self._memory = HostMemory(self.device if pinned else None, directory)
         self._transfers: Transfers | None = None
         # Without streams (Apple's GPUs) host and device share their memory anyway.
         if (always_copy or self.device.type != "cpu") and hasattr(
             device_module or torch.get_device_module(self.device), "Stream"
         ):
-            host_takes_part = offload == "disk" or (on_gpu and not pin_memory)
+            host_takes_part = offload == "disk" or (can_page_lock(self.device) and not pinned)
             self._transfers = Transfers(self.device, host_takes_part, device_module)
         self._store: dict[Owner, _Kept] = {}
         self._resident: dict[Owner, State] = {}  # on the device, newer than the store
@@ -94,7 +94,6 @@ class StateOffloader:
         self._outgoing = _InFlight({}, None)
         self._always: frozenset[Owner] = frozenset()
         self._in_slot: set[Owner] = set()
-        self._last_copies: dict[str, Any] = {}  # the event that ends the last one of each direction
         self._largest_turn = 0  # bytes of the largest set of owners that has come and gone
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -156,8 +155,10 @@ class StateOffloader:
         Raises:
             OSError: The disk is full.
         """
+        if self._transfers is not None:
+            self._transfers.finish()
         flat = {owner: flatten_state(state) for owner, state in states.items()}
-        kept = self._make_places(flat, arriving=True)
+        kept = self._make_places(flat, arriving=True, stays_on_host=stays_on_host)
         for owner, (tensors, labels, _) in flat.items():
             for label, tensor in zip(labels, tensors, strict=True):
                 place = kept[owner].places[label]
@@ -180,9 +181,7 @@ class StateOffloader:
         """Forget the state of ``owners``, on the host and on the device, but for what is under the keys ``keep``."""
         if not self._incoming.states.keys().isdisjoint(owners):
             self._drop_incoming()
-        if self._transfers is not None and not self._store.keys().isdisjoint(owners):
-            for event in self._last_copies.values():  # which may still be to or from the host memory that goes here
-                self._transfers.block(event)
+        self._finish_copies_of(owners)
         for owner in owners:
             if owner in self._store:
                 kept = _without(self._store[owner], keep)
@@ -259,10 +258,10 @@ class StateOffloader:
     def drain(self) -> None:
         """Block the host until it may read all state; what lies in the slot is copied to the host, too."""
         if self._transfers is not None:
-            self._transfers.block(self._outgoing.event)
             here = [owner for owner in self._in_slot if owner in self._resident]
             if here:
-                self._transfers.block(self._save(here))
+                self._save(here)
+            self._transfers.finish()
         self._settle()
 
     def remove_files(self) -> None:
@@ -289,8 +288,7 @@ class StateOffloader:
                 states[owner] = each.rebuild([next(arriving) if p.moves else p.host for p in each.places.values()])
             pairs = [pair for o, each in kept.items() for pair in zip(each.moving(), device[o], strict=True)]
             written = self._outgoing.event if not self._outgoing.states.keys().isdisjoint(owners) else None
-            self._last_copies["load"] = self._transfers.load(pairs, after=written)
-            self._incoming = _InFlight(states, self._last_copies["load"])
+            self._incoming = _InFlight(states, self._transfers.load(pairs, after=written))
 
     def _device_memory(self, kept: Mapping[Owner, _Kept], transfers: Transfers) -> dict[Owner, list[Tensor]]:
         """Device memory for what moves: in the slot for what comes and goes, outside it for what stays."""
@@ -323,6 +321,7 @@ class StateOffloader:
         self._wait(self._incoming.event)
         self._resident |= self._incoming.states
         if self.offload == "none":  # the host has had them for the way only
+            self._finish_copies_of(self._incoming.states)
             for owner in self._incoming.states:
                 del self._store[owner]
         self._incoming = _InFlight({}, None)
@@ -351,13 +350,17 @@ class StateOffloader:
         if self._transfers is None:
             return None
         both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
-        self._last_copies["save"] = self._transfers.save([(t, place.host) for t, place in both if place.moves])
-        return self._last_copies["save"]
+        return self._transfers.save([(t, place.host) for t, place in both if place.moves])
 
     def _settle(self) -> None:
         """Let go of the device tensors of the last release."""
         self._wait(self._outgoing.event)
         self._outgoing = _InFlight({}, None)
+
+    def _finish_copies_of(self, owners: Iterable[Owner]) -> None:
+        """Let the host wait before it frees what ``owners`` have on the host."""
+        if self._transfers is not None and not self._store.keys().isdisjoint(owners):
+            self._transfers.finish()
 
     def _wait(self, event: Any) -> None:
         if self._transfers is not None:
@@ -365,12 +368,15 @@ class StateOffloader:
 
     # --- places on the host -------------------------------------------------------------------------------------------
 
-    def _make_places(self, flat: Mapping[Owner, FlatState], arriving: bool = False) -> dict[Owner, _Kept]:
+    def _make_places(
+        self, flat: Mapping[Owner, FlatState], arriving: bool = False, stays_on_host: Collection[Any] = ()
+    ) -> dict[Owner, _Kept]:
         """A place for each tensor, the one it had before where that fits. Changes nothing if the disk is full.
 
         Args:
             flat: State that is on the device, or comes from elsewhere.
             arriving: It comes from elsewhere, and will be copied.
+            stays_on_host: See ``put``. It lies apart, so that it does not keep the memory of all the rest.
         """
         found: dict[Owner, dict[tuple[Any, int], _Place | None]] = {}
         homeless: list[tuple[Owner, tuple[Any, int], Tensor]] = []
@@ -382,9 +388,12 @@ class StateOffloader:
                 if place is None:
                     homeless.append((owner, label, tensor))
                 found[owner][label] = place
-        new = self._host_like([tensor for *_, tensor in homeless])
-        for (owner, label, _), host in zip(homeless, new, strict=True):
-            found[owner][label] = _Place(host, moves=True)
+        for moves in (True, False):
+            alike = [each for each in homeless if (each[1][0] not in stays_on_host) == moves]
+            tensors = [tensor for *_, tensor in alike]
+            new = self._host_like(tensors) if moves else [torch.empty_like(t, device="cpu") for t in tensors]
+            for (owner, label, _), host in zip(alike, new, strict=True):
+                found[owner][label] = _Place(host, moves)
         kept = {
             owner: _Kept({label: place for label, place in found[owner].items() if place is not None}, each.rebuild)
             for owner, each in flat.items()

@@ -17,24 +17,37 @@ Note [Streams]
       4. the compute stream waits for the load before the step, or the step would read a half-written device copy;
       5. the compute stream waits for the save before tensors outside the slot are freed, or the allocator could hand
          their memory out while it is still being read.
-    A host copy may be read by the host (for a checkpoint) only after it has waited, too.
+    Host memory is read, written and freed by the host, which no stream holds back. So each copy keeps its host tensors
+    alive until it is over, and ``finish`` lets the host wait for all copies before it reads or writes. If this object
+    goes while copies are under way, it waits for them, too.
 
     Why one slot and not two: it hides the copies behind the same step, a chunk's time later, at half the memory.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; kernels read 16 at a time
 _CHUNK = 2**26  # bytes; small against a group, and long enough for full speed
+
+
+class _Copy(NamedTuple):
+    """A copy with the tensors that it reads and writes."""
+
+    end: Any  # an event, or the future one of a thread
+    host: list[Tensor]
+    device: list[Tensor]
 
 
 class DeviceSlot:
@@ -91,7 +104,7 @@ def slot_bytes(tensors: Iterable[Tensor]) -> int:
 class Transfers:
     """Saves device tensors to the host and loads them back, each direction on a stream of its own.
 
-    What is saved and loaded must stay alive until its event has been waited for.
+    What is saved and loaded is kept alive: on the device until its event was waited for, on the host until it is over.
 
     Args:
         device: A device with streams.
@@ -106,6 +119,8 @@ class Transfers:
         self._load_stream = self._streams.Stream(device=device)
         self._save_stream = self._streams.Stream(device=device)
         self._thread = ThreadPoolExecutor(1, "hift-copies") if in_thread else None
+        self._under_way: tuple[deque[_Copy], deque[_Copy]] = (deque(), deque())  # of the load and the save stream
+        weakref.finalize(self, _finish, self._under_way, os.getpid())
         self._step = 0
         self._waits: deque[tuple[int, Any, Any]] = deque(maxlen=256)
         self._sums: dict[int, float] = {}
@@ -130,7 +145,7 @@ class Transfers:
             return stream.record_event()
 
         stepped = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, stream)
+        return self._run(copy, 1, [host for _, host in pairs], [device for device, _ in pairs])
 
     def load(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any = None) -> Any:
         """Copy each (host, device) pair to the device, after the event ``after``. Returns the event that ends it."""
@@ -150,17 +165,19 @@ class Transfers:
             return stream.record_event()
 
         allocated = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, stream)
+        return self._run(copy, 0, [host for host, _ in pairs], [device for _, device in pairs])
 
     def wait(self, event: Any) -> None:
         """Let the compute stream wait for ``event``; ``None`` has happened."""
-        if (event := _event(event)) is not None:
-            self._streams.current_stream(self.device).wait_event(event)  # Note [Streams] 4, 5
+        if event is not None:
+            self._streams.current_stream(self.device).wait_event(_event(event))  # Note [Streams] 4, 5
+            for copy in chain(*self._under_way):
+                if copy.end is event:
+                    copy.device.clear()
 
-    def block(self, event: Any) -> None:
-        """Let the host wait for ``event``."""
-        if (event := _event(event)) is not None:
-            event.synchronize()
+    def finish(self) -> None:
+        """Let the host wait until no copy is under way."""
+        _finish(self._under_way, os.getpid())
 
     @contextmanager
     def measure_exposed(self) -> Iterator[None]:
@@ -172,6 +189,7 @@ class Transfers:
     def end_step(self) -> None:
         """The waits from now on belong to the next step."""
         self._step += 1
+        self._let_go()
 
     def exposed_ms(self) -> float:
         """Milliseconds that the waits of one step took: the last one for which it is known without waiting for it."""
@@ -190,12 +208,34 @@ class Transfers:
         event.record(self._streams.current_stream(self.device))
         return event
 
-    def _run(self, copy: Callable[[], Any], stream: Any) -> Any:
+    def _run(self, copy: Callable[[], Any], direction: int, host: list[Tensor], device: list[Tensor]) -> Any:
         def on_stream() -> Any:
-            with self._streams.stream(stream):
+            with self._streams.stream((self._load_stream, self._save_stream)[direction]):
                 return copy()
 
-        return on_stream() if self._thread is None else self._thread.submit(on_stream)
+        self._let_go()
+        end = on_stream() if self._thread is None else self._thread.submit(on_stream)
+        self._under_way[direction].append(_Copy(end, host, device))
+        return end
+
+    def _let_go(self) -> None:
+        """Forget the copies that are over, but for the last one: to have waited for it is to have waited for all."""
+        for copies in self._under_way:
+            while len(copies) > 1 and _has_happened(copies[0].end):
+                copies.popleft()
+
+
+def _finish(under_way: Sequence[deque[_Copy]], process: int) -> None:
+    """Let the host wait for all of ``under_way``, in the process that started them: a fork has no part in them."""
+    if os.getpid() == process:
+        for copies in under_way:
+            while copies:
+                _event(copies[0].end).synchronize()
+                copies.popleft()
+
+
+def _has_happened(event: Any) -> bool:
+    return (not isinstance(event, Future) or event.done()) and bool(_event(event).query())
 
 
 def _event(event: Any) -> Any:

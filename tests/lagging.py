@@ -102,6 +102,7 @@ class LaggingStream:
         def alive() -> tuple[Tensor, Tensor]:
             target, origin = to(), from_()
             if target is None or origin is None:
+                self.device.failed = True
                 raise AssertionError(f"Memory was freed while the {self.name} stream was still copying.")
             return target_of(target), origin_of(origin)
 
@@ -126,7 +127,7 @@ class LaggingStream:
 
     def run_until(self, position: int) -> None:
         with self.device.lock:
-            while self._done < position:
+            while self._done < position and not self.device.failed:
                 self._done += 1
                 self._queue[self._done - 1]()
 
@@ -156,6 +157,7 @@ class LaggingDevice:
         self.copies = 0
         self.copies_done = 0
         self.host_waits = 0
+        self.failed = False  # once a fault was found, no more copies take place
 
     def Stream(self, device: torch.device) -> LaggingStream:
         return LaggingStream(next(self._names), self)

@@ -78,23 +78,26 @@ def test_memory_is_given_back():
 
 def test_page_lock_is_asked_for_each_stretch(monkeypatch):
     locked = []
-    monkeypatch.setattr("lightning_hift.host_memory.page_lock", lambda memory: locked.append(memory.numel()))
-    HostMemory(pin=True).allocate([torch.empty(3), torch.empty(5), torch.empty(2, dtype=torch.int16)])
+    monkeypatch.setattr("lightning_hift.host_memory.page_lock", lambda memory, device: locked.append(memory.numel()))
+    HostMemory(torch.device("cuda")).allocate([torch.empty(3), torch.empty(5), torch.empty(2, dtype=torch.int16)])
     assert locked == [32, 4]
 
 
 def test_refused_page_lock_warns_once_and_goes_on(monkeypatch):
-    def refuse(memory):
+    asked = []
+
+    def refuse(memory, device):
+        asked.append(device)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("lightning_hift.host_memory.page_lock", refuse)
-    memory = HostMemory(pin=True)
+    memory = HostMemory(torch.device("cuda"))
     with pytest.warns(UserWarning, match=r"refused \(out of memory\).*ulimit -l.*pin_memory=False"):
         first = memory.allocate([torch.ones(3)])[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = memory.allocate([torch.ones(3)])[0]
-    assert not memory.pinned
+    assert len(asked) == 1
     assert torch.equal(first.fill_(2), second.fill_(2))
 
 
