@@ -143,7 +143,7 @@ class OptimizerState:
                 if self._partition.owns(piece):
                     kept[piece.handle] = split_state(state, piece) | master
         self._lender.cancel()
-        self._offloader.forget(keep=kept.keys())
+        self._offloader.forget(keep={handle for handle, values in kept.items() if values})
         self._put(kept, saved["param_groups"])
         return rest
 

@@ -247,6 +247,33 @@ def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
     assert_same_weights(whole, second)
 
 
+@pytest.mark.parametrize(
+    ("cut", "masters", "offloader"), crossed([0, 1, 3, 6], ["none", "split", "full"], OFFLOADERS)
+)
+def test_rolled_back_equals_uninterrupted(cut, masters, offloader):
+    """In one process: groups that had no state when it was saved have none again."""
+
+    def start():
+        model = Net() if masters == "none" else Net().bfloat16()
+        return model, HiFTEngine.attach(
+            model, adamw(model.parameters()), make_offloader=OFFLOADERS[offloader], master_weights=masters
+        )
+
+    batches = tokens(12)
+    whole, engine = start()
+    train(whole, engine, batches)
+
+    model, engine = start()
+    train(model, engine, batches[:cut])
+    saved = copy.deepcopy({"model": model.state_dict(), "optimizer": engine.optimizer.state_dict()})
+    train(model, engine, batches[:8])
+    model.load_state_dict(saved["model"])
+    engine.optimizer.load_state_dict(saved["optimizer"])
+    assert engine.optimizer.state_dict()["state"].keys() == saved["optimizer"]["state"].keys()
+    train(model, engine, batches[cut:])
+    assert_same_weights(whole, model)
+
+
 def test_checkpoint_opens_in_a_plain_optimizer():
     model, batches = Net(), tokens(8)
     engine = HiFTEngine.attach(model, adamw(model.parameters()))
