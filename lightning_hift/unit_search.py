@@ -6,6 +6,7 @@ They are found from the shape of the tree alone:
   layers with weights is a block. A convolution with its norm is only a layer.
 - What the forward pass uses before the first block is the embedding, what it uses after the last one is the head (with
   the final norm). What it uses between two stacks is a unit too, or two where it belongs to two towers.
+- Where such a unit would be larger than the largest block, each layer that a stack has in it is a unit of its own.
 - Three or more blocks of one class side by side are a stack too (``self.layer1``, ``self.layer2``, ...).
 - A model without any blocks (an MLP, a small CNN) has one unit per layer that holds parameters.
 """
@@ -30,6 +31,11 @@ class _Piece(NamedTuple):
     path: str
     member: nn.Module | nn.Parameter
     is_block: bool
+    in_stack: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.member.numel() if isinstance(self.member, nn.Parameter) else _numel(self.member)
 
 
 def search_units(model: nn.Module) -> list[tuple[str, list[tuple[str, nn.Module | nn.Parameter]]]]:
@@ -65,7 +71,20 @@ def _runs(pieces: list[_Piece]) -> list[list[_Piece]]:
         else:
             runs[-1].append(piece)
         was_ahead = ahead
-    return runs
+    largest = max(pieces[i].numel for i in blocks)
+    return [part for run in runs for part in _cut(run, largest)]
+
+
+def _cut(run: list[_Piece], most: int) -> list[list[_Piece]]:
+    """A run of loose pieces with at most so many elements, or cut around each piece of a stack."""
+    if sum(piece.numel for piece in run) <= most:
+        return [run]
+    parts: list[list[_Piece]] = []
+    for piece in run:
+        if not parts or piece.in_stack or parts[-1][-1].in_stack:
+            parts.append([])
+        parts[-1].append(piece)
+    return parts
 
 
 def _shared(a: _Piece, b: _Piece) -> int:
@@ -106,7 +125,7 @@ def _stack_pieces(child: nn.Module, path: str) -> list[_Piece]:
         return []
     if _is_stage(child):
         return _pieces(child, path)
-    return [_Piece(path, child, is_block=is_block(child))]
+    return [_Piece(path, child, is_block=is_block(child), in_stack=True)]
 
 
 def _is_stage(module: nn.Module) -> bool:

@@ -159,6 +159,35 @@ def test_two_stacks_with_a_part_between() -> None:
     assert set(units[2].parameters) == {"norm.weight", "norm.bias", "bridge.weight", "bridge.bias"}
 
 
+class ManyWeights(nn.Module):
+    """Matrices that are no modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.zeros(8, 32)), nn.Parameter(torch.zeros(32, 8))
+
+
+@pytest.mark.parametrize("layer", [ManyWeights, lambda: nn.LSTM(8, 8), lambda: nn.Bilinear(8, 8, 8)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_list_whose_layers_are_no_blocks_is_not_one_large_unit(
+    layer: Callable[[], nn.Module], first: bool
+) -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(3))
+    lists = {"blocks": blocks, "others": nn.ModuleList(layer() for _ in range(3))}
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), **lists, "head": nn.Linear(8, 5)})
+    if first:
+        model = nn.ModuleDict({name: model[name] for name in ("embed", "others", "blocks", "head")})
+    names = [unit.name for unit in find_layer_units(model)]
+    listed = [f"{name}.{i}" for name in (("others", "blocks") if first else ("blocks", "others")) for i in range(3)]
+    assert names == ["embedding", *listed, "head"]
+
+
+def test_a_small_list_beside_blocks_stays_in_one_unit() -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)) for _ in range(3))
+    model = nn.ModuleDict({"blocks": blocks, "heads": nn.ModuleList(nn.Linear(8, 2) for _ in range(3))})
+    assert [unit.name for unit in find_layer_units(model)] == ["blocks.0", "blocks.1", "blocks.2", "head"]
+
+
 def test_sizes() -> None:
     model = nn.Linear(3, 2).half()
     (unit,) = find_layer_units(model)
