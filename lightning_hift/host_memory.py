@@ -37,9 +37,7 @@ class HostMemory:
         PermissionError: It cannot be written to.
     """
 
-    def __init__(
-        self, pin_for: torch.device | None = None, directory: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, pin_for: torch.device | None = None, directory: str | os.PathLike[str] | None = None) -> None:
         self._pin_for = pin_for if directory is None else None
         self.nbytes = 0
         self._folder: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ class FlatState(NamedTuple):
     """The state of one parameter.
 
     Args:
-        tensors: Plain tensors, those inside dicts, lists, tuples and tensor subclasses (quantized state) included.
+        tensors: Plain tensors, those inside dicts, lists, tuples, tensor subclasses (quantized state) and attributes of
+            other objects (projections) included.
         labels: For each tensor, the key of ``state`` under which it was found, and a number among those of that key.
         rebuild: Makes a state of the same structure from as many tensors, which may be elsewhere.
     """
@@ -69,4 +71,24 @@ def _take_apart(value: Any, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]
         if hasattr(value, "_fields"):
             return lambda left: cls(*[build(left) for build in items])
         return lambda left: cls([build(left) for build in items])
-    return lambda left: value
+    return _take_object_apart(value, tensors)
+
+
+def _take_object_apart(value: Any, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]:
+    """As ``_take_apart``, for any object; the result builds a shallow copy of it, if it holds tensors at all."""
+    before = len(tensors)
+    found = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+    attributes = {
+        name: _take_apart(attribute, tensors)
+        for name, attribute in found.items()
+        if isinstance(attribute, (Tensor, dict, list, tuple))
+    }
+    if len(tensors) == before:
+        return lambda left: value
+
+    def build_copy(left: Iterator[Tensor]) -> Any:
+        twin = copy.copy(value)
+        vars(twin).update({name: build(left) for name, build in attributes.items()})
+        return twin
+
+    return build_copy

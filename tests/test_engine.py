@@ -247,9 +247,7 @@ def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
     assert_same_weights(whole, second)
 
 
-@pytest.mark.parametrize(
-    ("cut", "masters", "offloader"), crossed([0, 1, 3, 6], ["none", "split", "full"], OFFLOADERS)
-)
+@pytest.mark.parametrize(("cut", "masters", "offloader"), crossed([0, 1, 3, 6], ["none", "split", "full"], OFFLOADERS))
 def test_rolled_back_equals_uninterrupted(cut, masters, offloader):
     """In one process: groups that had no state when it was saved have none again."""
 

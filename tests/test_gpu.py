@@ -162,9 +162,9 @@ def test_refused_page_lock_is_forgotten():
     from lightning_hift.host_memory import page_lock
 
     memory = torch.empty(2**20, dtype=torch.uint8)
-    page_lock(memory, DEVICE)
+    page_lock(memory, torch.device("cuda"))
     with pytest.raises(RuntimeError):
-        page_lock(memory, DEVICE)  # it is locked already
+        page_lock(memory, torch.device("cuda"))  # it is locked already
     assert torch.ones(1, device="cuda").add(1).item() == 2  # CUDA does not report it again
 
 

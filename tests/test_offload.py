@@ -1,5 +1,7 @@
 """The offloader on its own, and proof that the lagging device notices each missing wait."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,22 @@ def test_state_survives_a_round_trip(make):
     assert taken["moments"][0].tolist() == [1, 1, 1]
     assert taken["moments"][1]["x"].tolist() == [0, 1, 2]
     assert taken["name"] == "a"
+
+
+def test_tensors_of_objects_move_with_the_rest():
+    """GaLore keeps its projections so, and makes a new one in place of the old one."""
+    offloader, a, b = lagging(), parameter(), parameter()
+    projector = SimpleNamespace(rank=2, matrix=torch.ones(3), history=[torch.zeros(2)], cls=nn.Linear)
+    give_and_leave(offloader, {a: {"projector": projector}})
+    assert offloader.host_bytes == 12 + 8
+    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
+    taken = offloader.take([a])[a]["projector"]
+    assert taken.matrix.tolist() == [1, 1, 1]
+    assert (taken.rank, taken.cls, taken.history[0].tolist()) == (2, nn.Linear, [0, 0])
+    taken.matrix = torch.full((4,), 5.0)
+    give_and_leave(offloader, {a: {"projector": taken}})
+    offloader.drain()
+    assert offloader.state_of(a)["projector"].matrix.tolist() == [5, 5, 5, 5]
 
 
 def make_slot(offloader):

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -118,9 +117,7 @@ def state_bytes_on_device(trainer: pl.Trainer) -> int:
     hift = find_callback(trainer)
     if hift is not None:
         return sum(engine.offloader.device_bytes for engine in hift.engines)
-    values = [v for optimizer in trainer.optimizers for state in optimizer.state.values() for v in state.values()]
-    # Some keep tensors in objects of their own: the projections of GaLore.
-    return sum(count_bytes(getattr(v, "__dict__", v) if not isinstance(v, Tensor) else v) for v in values)
+    return sum(count_bytes(state) for optimizer in trainer.optimizers for state in optimizer.state.values())
 
 
 def _now() -> Seconds:

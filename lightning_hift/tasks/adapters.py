@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # attributes of peft's allocator: importance by name of weight
 _WITH_A_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -70,11 +71,14 @@ class RankAllocation:
     def __init__(self, network: Any) -> None:
         self._tuner = network.base_model
         self._allocator = network.base_model.rankallocator
+        self._was_loaded = False  # perhaps to another device than that of the weights
         self._update_importance = self._allocator.update_ipt
         self._allocator.update_ipt = lambda model: None
 
     def note_gradients(self) -> None:
         """Update the importance of the weights that are about to be stepped."""
+        if self._was_loaded:
+            self._move_to_weights()
         self._update_importance(_WithGradients(self._tuner.model))
 
     def allocate(self, step: int) -> None:
@@ -99,14 +103,21 @@ class RankAllocation:
     def state_dict(self) -> dict[str, Any]:
         """Importance by name of weight, and the ranks that were chosen."""
         config = self._tuner.peft_config[self._allocator.adapter_name]
-        sums = {name: dict(getattr(self._allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        sums = {name: dict(getattr(self._allocator, name)) for name in _SUMS}
         return {**sums, "rank_pattern": dict(config.rank_pattern or {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
-        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        for name in _SUMS:
             setattr(self._allocator, name, dict(state_dict[name]))
+        self._was_loaded = True
         self._tuner.peft_config[self._allocator.adapter_name].rank_pattern = dict(state_dict["rank_pattern"]) or None
+
+    def _move_to_weights(self) -> None:
+        devices = {name: p.device for name, p in self._tuner.model.named_parameters()}
+        for sums in (getattr(self._allocator, name) for name in _SUMS):
+            sums.update({name: value.to(devices[name]) for name, value in sums.items() if name in devices})
+        self._was_loaded = False
 
 
 class _WithGradients:
