@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from lightning_hift.lr_scale import LRScaler
-from lightning_hift.master_weights import HALF_DTYPES, join_master, recheck_master, split_master, store_master
+from lightning_hift.master_weights import HALF_DTYPES, adopt_master, join_master, recheck_master, split_master, store_master
 from lightning_hift.offload import StateOffloader
 from lightning_hift.row_slices import Piece, join_states
 from lightning_hift.sharded_tensors import is_sharded, local_part
@@ -47,6 +47,8 @@ class Lender:
         self._offloader = offloader
         self.is_lent = False
         """Whether a step, or what ``lend`` was called for, is under way."""
+        self.num_edited = 0
+        """How many weights were not those of the masters that were restored for them."""
         self._pieces: list[Piece] = []  # on loan
         self._kept: dict[nn.Parameter, State] = {}  # by handle: what the optimizer does not get to see
         self._live: dict[nn.Parameter, Tensor] = {}  # by handle: the weights that stand aside for their masters
@@ -270,20 +272,22 @@ class Lender:
     def restored_master(self, piece: Piece, saved: Tensor | None) -> State:
         """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
 
-        The weights must be those of the checkpoint by then, or by the next step at the latest.
+        In a precision that is not the checkpoint's, its weights are rounded anew from their masters. For that they must
+        have been loaded already; in the same precision, by the next step at the latest.
         """
         p = piece.parameter
         weight = piece.rows_of(p.detach())
-        if self.master_weights == "none" or p.dtype not in HALF_DTYPES:
-            if saved is not None and p.dtype == torch.float32:  # a run in 16 bits goes on in 32
-                saved = piece.rows_of(saved)
-                weight.copy_(join_master(weight.cpu().bfloat16(), saved) if saved.dtype == torch.int16 else saved)
-            return {}
+        keeps_masters = self.master_weights != "none" and p.dtype in HALF_DTYPES
         if saved is None:
-            return self._packed(weight.float())
+            return self._packed(weight.float()) if keeps_masters else {}
         saved = piece.rows_of(saved)
-        # A remainder stays one until the first step: the weights that it belongs to may still have to be loaded.
-        return {_REMAINDER: saved} if saved.dtype == torch.int16 else self._packed(saved)
+        if saved.dtype == torch.int16:
+            if keeps_masters and p.dtype == torch.bfloat16:
+                return {_REMAINDER: saved}  # until the first step: its weights may still have to be loaded
+            saved = join_master(weight.cpu().bfloat16(), saved)
+        if keeps_masters or p.dtype == torch.float32:
+            self.num_edited += adopt_master(weight, saved)
+        return self._packed(saved) if keeps_masters else {}
 
     def _packed(self, master: Tensor) -> State:
         return {_MASTER: master} if self.master_weights == "full" else {_REMAINDER: split_master(master)[1]}

@@ -107,6 +107,25 @@ def join_master(live: Tensor, remainder: Tensor) -> Tensor:
     return _unless_changed(bits.view(torch.float32), live)
 
 
+def adopt_master(weight: Tensor, master: Tensor) -> int:
+    """Round ``master`` (float32, on the host) to ``weight``, in place, where it was rounded in another precision.
+
+    Args:
+        weight: Of any float dtype, on any device.
+        master: Of the same shape.
+
+    Returns:
+        Number of weights that ``master`` is rounded to in no precision, which stay as they are.
+    """
+    before = weight.cpu()
+    belongs = torch.zeros_like(before, dtype=torch.bool)
+    for rounded in (split_master(master)[0], master.half(), master):
+        belongs |= rounded.to(before.dtype) == before
+    anew = split_master(master)[0] if before.dtype == torch.bfloat16 else master.to(before.dtype)
+    weight.copy_(torch.where(belongs, anew, before))
+    return int((~belongs).sum())
+
+
 def recheck_master(master: Tensor, live: Tensor) -> Tensor:
     """Set ``master`` (float32) anew, in place, where the live weight is not the rounded master any more."""
     return _unless_changed(master, live)

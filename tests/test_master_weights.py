@@ -1,6 +1,8 @@
 """Weights in 16 bits, their masters in 32: rounding, and Mixed^Hi against its oracle."""
 
+import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -557,3 +559,66 @@ def test_scaler_for_bfloat16():
 def test_precision_with_masters_and_strategy_without():
     with pytest.raises(ValueError, match=r"Got HiFTPrecision.*with master_weights='none'"):
         trainer(strategy=HiFTStrategy(master_weights="none"), plugins=[half_plugin()]).fit(Automatic(), loader(2))
+
+
+# --- another precision ------------------------------------------------------------------------------------------------
+
+PRECISIONS = {
+    "split": (torch.bfloat16, "split"),
+    "full": (torch.bfloat16, "full"),
+    "half": (torch.float16, "full"),
+    "single": (torch.float32, "none"),
+}
+
+
+def start_in(precision, seed=0):
+    dtype, masters = PRECISIONS[precision]
+    model = Net(seed=seed)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()), master_weights=masters, weights_dtype=dtype)
+    return model.to(dtype), engine
+
+
+def exact_weights(model, engine):
+    """In 32 bits: the masters, where there are any."""
+    saved = engine.optimizer.state_dict()["hift"]["masters"]
+    exact = []
+    for i, p in enumerate(q for group in engine.optimizer.param_groups for q in group["params"]):
+        kept = saved.get(i)
+        join = kept is not None and kept.dtype == torch.int16
+        exact.append(join_master(p.detach(), kept) if join else p.detach().float() if kept is None else kept)
+    return exact
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("after", PRECISIONS)
+@pytest.mark.parametrize("before", ["split", "full", "half"])
+def test_masters_go_over_to_another_precision(before, after, edited):
+    model, engine = start_in(before)
+    for batch in tokens(7):
+        next_token_loss(model, batch).backward()
+        engine.optimizer.step()
+    saved = copy.deepcopy({"model": model.state_dict(), "optimizer": engine.optimizer.state_dict()})
+    expected = exact_weights(model, engine)
+    if edited:
+        saved["model"]["head.weight"][0] += 1.0
+
+    model, engine = start_in(after, seed=3)
+    model.load_state_dict(saved["model"])
+    # Any bfloat16 weight goes with any remainder, which is at most half a step of it.
+    is_noticed = edited and before != "split"
+    with pytest.warns(UserWarning, match="8 weights are not those") if is_noticed else nullcontext():
+        engine.optimizer.load_state_dict(saved["optimizer"])
+    found = exact_weights(model, engine)
+    for (name, p), one, other in zip(model.named_parameters(), expected, found, strict=True):
+        rounded = other.to(p.dtype) if p.dtype == torch.float16 else split_master(other)[0].to(p.dtype)
+        whole = slice(1, None) if edited and name == "head.weight" else slice(None)
+        if p.dtype != torch.float32:
+            assert torch.equal(rounded[whole], p.detach()[whole]), name
+        # From float16, whose range is smaller, nothing is lost either: its masters are float32.
+        assert torch.equal(one[whole], other[whole]), name
+    if edited:
+        row, wanted = model.head.weight[0].detach(), saved["model"]["head.weight"][0]
+        if is_noticed:
+            assert torch.equal(row, wanted.to(row.dtype))
+        else:
+            assert torch.equal(split_master(row.float())[0], wanted)
