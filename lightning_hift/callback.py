@@ -136,7 +136,7 @@ class HiFTCallback(Callback):
         self._of_step: dict[int, dict[str, Tensor]] = {}  # what is to be logged of each engine's last step
         self._backwards_without_step = 0
         self._budget: ActivationBudget | None = None
-        self._graph_was_checked = False
+        self._graph_was_checked = self._was_saved = False
 
     @property
     def engines(self) -> Sequence[HiFTEngine]:
@@ -342,7 +342,7 @@ class HiFTCallback(Callback):
         if nbytes is not None:
             units = [unit for group in self.groups for unit in group.units]
             self._budget = ActivationBudget(pl_module, nbytes, units)
-        self._graph_was_checked = False
+        self._graph_was_checked = self._was_saved = False
 
     @override
     def on_train_batch_start(
@@ -360,6 +360,10 @@ class HiFTCallback(Callback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._observe(trainer, loss.detach())
+        if self._was_saved:
+            for engine in self._engines:
+                engine.freeze()
+            self._was_saved = False
         if loss.requires_grad:
             if not self._graph_was_checked:
                 refuse_reentrant_graph(loss)
@@ -416,6 +420,15 @@ class HiFTCallback(Callback):
                 (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
             if not trainer.barebones:
                 self._log_values(pl_module, index, engine)
+            engine.unfreeze()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._was_saved = True  # perhaps in the middle of a batch, whose backward pass is still to come
+        for engine in self._engines:
+            engine.unfreeze()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -274,17 +274,26 @@ class HiFTEngine:
         self._active_groups = self._select()
         units = (*(unit for group in self._active_groups for unit in group.units), *self.always_active)
         self._active = [p for unit in units for p in unit.parameters.values()]
-        active = set(self._active)
-        for p in self.parameters.values():
-            if p not in active:
-                p.requires_grad_(False)
-                p.grad = None  # a frozen parameter with a leftover gradient would still be stepped
-            else:
-                p.requires_grad_(True)
+        self.freeze()
         self._step_counted = False
         self._lender.cancel()
         self._reset_inactive()
         self._hold_first(self._active_groups)
+
+    def freeze(self) -> None:
+        """Let ``requires_grad`` be true for what trains now, and for nothing else."""
+        active = set(self._active)
+        for p in self._held_back:
+            p.requires_grad_(False)
+        for p in self.parameters.values():
+            p.requires_grad_(p in active)
+            if p not in active:
+                p.grad = None  # a frozen parameter with a leftover gradient would still be stepped
+
+    def unfreeze(self) -> None:
+        """Let ``requires_grad`` be the user's own, for what is saved or copied before the next ``activate``."""
+        for p in (*self.parameters.values(), *self._held_back):
+            p.requires_grad_(True)
 
     def observe(self, loss: Tensor | float) -> None:
         """Let a policy that learns see the loss, shape (), of the step under way. Call it before ``optimizer.step``.
@@ -409,8 +418,7 @@ class HiFTEngine:
         if self._closed:
             return
         self._closed = True
-        for p in (*self.parameters.values(), *self._held_back):
-            p.requires_grad_(True)
+        self.unfreeze()
         self._lender.cancel()
         self.offloader.release_all()
         self.offloader.remove_files()

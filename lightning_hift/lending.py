@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from lightning_hift.lr_scale import LRScaler
-from lightning_hift.master_weights import HALF_DTYPES, adopt_master, join_master, recheck_master, split_master, store_master
+from lightning_hift.master_weights import (
+    HALF_DTYPES,
+    adopt_master,
+    join_master,
+    recheck_master,
+    split_master,
+    store_master,
+)
 from lightning_hift.offload import StateOffloader
 from lightning_hift.row_slices import Piece, join_states
 from lightning_hift.sharded_tensors import is_sharded, local_part

@@ -281,6 +281,51 @@ def test_user_frozen_parameters_stay_frozen_and_requires_grad_is_restored():
     }
 
 
+class SavesWhatTrains(Automatic):
+    """As users do to keep checkpoints of adapters small."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_save_checkpoint(self, checkpoint):
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["trainable"] = {name: v for name, v in checkpoint["state_dict"].items() if name in trainable}
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 3:
+            self.trainer.save_checkpoint(self.path)
+        return loss
+
+
+class CopiesTheModel(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.flags = {name: p.requires_grad for name, p in copy.deepcopy(pl_module.net).named_parameters()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_is_saved_or_copied_has_the_flags_of_the_user(accumulate, tmp_path):
+    def fit(module, *callbacks, **options):
+        module.net.blocks[0].norm.requires_grad_(False)
+        options |= {"strategy": "hift", "accumulate_grad_batches": accumulate}
+        trainer(callbacks=[as_published(), *callbacks], **options).fit(module, loader(8))
+        return module
+
+    module, copies = SavesWhatTrains(tmp_path / "in_step.ckpt"), CopiesTheModel()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(module, copies, saves, enable_checkpointing=True)
+    frozen = {"net.blocks.0.norm.weight", "net.blocks.0.norm.bias"}
+    trainable = {name for name, _ in module.named_parameters()} - frozen
+    assert {f"net.{name}" for name, flag in copies.flags.items() if flag} == trainable
+    paths = list(tmp_path.glob("*.ckpt"))
+    assert len(paths) > 2
+    for path in paths:
+        assert torch.load(path, weights_only=True)["trainable"].keys() == trainable
+    # A checkpoint in the middle of a batch makes no gradients for what does not train.
+    assert_same_weights(module, fit(Automatic()))
+
+
 def test_requires_grad_is_restored_after_an_error():
     class Fails(Automatic):
         def training_step(self, batch, batch_idx):
