@@ -108,16 +108,16 @@ def join_master(live: Tensor, remainder: Tensor) -> Tensor:
 
 
 def adopt_master(weight: Tensor, master: Tensor) -> int:
-    """Round ``master`` (float32, on the host) to ``weight``, in place, where it was rounded in another precision.
+    """Round ``master`` (float32) to ``weight``, in place, where that is what it was rounded to in any precision.
 
     Args:
-        weight: Of any float dtype, on any device.
-        master: Of the same shape.
+        weight: Of any float dtype.
+        master: Of the same shape. Both may be on any device.
 
     Returns:
         Number of weights that ``master`` is rounded to in no precision, which stay as they are.
     """
-    before = weight.cpu()
+    before, master = weight.cpu(), master.cpu()
     belongs = torch.zeros_like(before, dtype=torch.bool)
     for rounded in (split_master(master)[0], master.half(), master):
         belongs |= rounded.to(before.dtype) == before
