@@ -70,7 +70,7 @@ class HostRaces(TorchDispatchMode):
 def _with_a_thread_of_its_own(device: ModuleType, initialize: Any) -> Any:
     """The thread that copies knows what the host knew when it was told to, and what it learns stays there."""
 
-    def __init__(self: Transfers, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Transfers, *args: Any, **kwargs: Any) -> None:
         initialize(self, *args, **kwargs)
         if self._thread is not None:
             submit = self._thread.submit

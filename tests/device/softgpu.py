@@ -97,15 +97,15 @@ class Runtime:
     backend: Any
 
     @classmethod
-    def cudaHostRegister(cls, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(cls, address: int, nbytes: int, flags: int) -> int:
         return int(cls.backend.host_register(address, nbytes))
 
     @classmethod
-    def cudaHostUnregister(cls, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(cls, address: int) -> int:
         return int(cls.backend.host_unregister(address))
 
     @staticmethod
-    def cudaGetErrorString(code: int) -> str:  # noqa: N802
+    def cudaGetErrorString(code: int) -> str:
         return f"error {code}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hift import LISA, BAdam, HFT, HiFTEngine, StateOffloader
+from lightning_hift import HFT, LISA, BAdam, HiFTEngine, StateOffloader
 from tests.matrices import crossed
 from tests.models import Net, adamw, next_token_loss, tokens
 

@@ -141,12 +141,12 @@ def test_state_that_is_resident_leaves_nothing_on_the_host(softgpu, tmp_path, mo
 
     class Counting(runtime):  # type: ignore[misc, valid-type]
         @classmethod
-        def cudaHostRegister(cls, address, nbytes, flags):  # noqa: N802
+        def cudaHostRegister(cls, address, nbytes, flags):
             locked[address] = nbytes
             return runtime.cudaHostRegister(address, nbytes, flags)
 
         @classmethod
-        def cudaHostUnregister(cls, address):  # noqa: N802
+        def cudaHostUnregister(cls, address):
             del locked[address]
             return runtime.cudaHostUnregister(address)
 
