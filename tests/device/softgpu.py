@@ -6,6 +6,7 @@ used here, and ``Trainer(accelerator="softgpu", devices=1)`` trains on it. It sa
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -28,6 +29,7 @@ FLAGS = ["-O1", "-std=c++20", "-Wno-deprecated-declarations"]
 
 def missing_tools() -> list[str]:
     """What has to be installed before the device can be built."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where pip puts ninja
     return [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
 
 
