@@ -53,7 +53,7 @@ class Processes:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()
+            process.terminate()
 
 
 def succeeded(results: list[Any]) -> list[Any]:
