@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -173,6 +174,7 @@ class HiFTEngine:
         self._take_over_from(other)
         self._active_groups = self._select()
         self._state.adopt()
+        self._state.keep_apart()
         for pieces in by_group:
             self._lender.make_masters(pieces, weights_dtype, inherited, self.partition.owns)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
@@ -576,7 +578,8 @@ class HiFTEngine:
         """What copies and pickles hold: an ordinary optimizer with all state, but without masters and counters."""
         collected, owned = self._state.collect().state, parameters_of(self.optimizer)
         own: dict[str, Any] = type(self.optimizer).__getstate__(self.optimizer)
-        return {**own, "state": {**own["state"], **{owned[i]: values for i, values in collected.items()}}}
+        state = {owned[i]: values for i, values in collected.items()}
+        return {**own, "state": defaultdict(dict, {**own["state"], **state})}
 
     def _switch(self, name: str) -> None:
         """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
@@ -590,6 +593,7 @@ class HiFTEngine:
             self._hold_first(self._select())
 
     def _after_load(self, optimizer: Optimizer) -> None:
+        self._state.keep_apart()
         self._lender.options.load_state_dict(self._counters_on_load)
         self._trained = None
         if self._active and not self._closed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,32 @@ class Collected(NamedTuple):
     state: dict[int, State]
     masters: dict[int, Tensor]
     dtypes: list[str]
+
+
+class KeptState(defaultdict[Any, State]):
+    """``optimizer.state`` between steps: empty to those who go through it, so that nobody moves or casts what is kept.
+
+    Who asks for a parameter's state gets it, to be read, or an empty one. It counts as true: tools of torch take an
+    optimizer without state for one that has to be stepped first. Copies are ordinary.
+
+    Args:
+        others: What is under keys that are no parameters.
+        look_up: The state that is kept for a parameter; ``None`` during a step, when missing state is new.
+    """
+
+    def __init__(self, others: Mapping[Any, State], look_up: Callable[[Any], State | None]) -> None:
+        super().__init__(dict, others)
+        self._look_up = look_up
+
+    def __missing__(self, key: Any) -> State:
+        kept = self._look_up(key) if isinstance(key, nn.Parameter) else None
+        return super().__missing__(key) if kept is None else kept
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict,), None, None, iter(self.items())
 
 
 class OptimizerState:
@@ -90,6 +117,10 @@ class OptimizerState:
             for p, values in existing.items():
                 state[p] = values
             raise
+
+    def keep_apart(self) -> None:
+        """Put a ``KeptState`` in the place of ``optimizer.state``."""
+        self._optimizer.state = KeptState(self._optimizer.state, self._look_up)
 
     def masters(self) -> dict[nn.Parameter, Tensor | None]:
         """Masters or remainders by parameter, as they are saved."""
@@ -207,6 +238,7 @@ class OptimizerState:
                 stacklevel=2,
             )
         self._offloader.drain()
+        self._optimizer.state = defaultdict(dict, self._optimizer.state)
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 if state := self._lender.state_of(self._pieces_of(p)):
@@ -217,6 +249,12 @@ class OptimizerState:
                         state |= {k: as_sharded(local_part(state[k], p).to(p.device), p) for k in moves}
                     self._optimizer.state[p] = state
         self._offloader.clear()
+
+    def _look_up(self, p: nn.Parameter) -> State | None:
+        if self._lender.is_lent:
+            return None
+        self._offloader.drain()
+        return self._lender.state_of(self._pieces_of(p))
 
     def _kept(self, handle: nn.Parameter) -> State:
         return self._of_others[handle] if handle in self._of_others else self._offloader.state_of(handle)

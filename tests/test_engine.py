@@ -8,11 +8,12 @@ from itertools import chain
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
 from tests.lagging import lagging
 from tests.matrices import crossed
-from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens
+from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens, weights
 from tests.reference.round_robin import train_round_robin
 from tests.reference.sweep_means import sweep_means
 
@@ -168,7 +169,7 @@ def test_only_the_active_group_has_gradients_and_is_trainable():
         assert {name for name, p in model.named_parameters() if p.grad is not None} == set(expected)
         optimizer.step()
         assert all(p.grad is None for p in model.parameters())
-        assert not optimizer.state
+        assert len(optimizer.state) == 0
 
 
 def test_backward_stops_at_the_lowest_active_layer():
@@ -241,7 +242,7 @@ def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
     resumed = attach(second)
     second.load_state_dict(saved["model"])
     resumed.optimizer.load_state_dict(saved["optimizer"])
-    assert not resumed.optimizer.state
+    assert len(resumed.optimizer.state) == 0
     assert resumed.step == cut
     train(second, resumed, batches[cut:])
     assert_same_weights(whole, second)
@@ -270,6 +271,45 @@ def test_rolled_back_equals_uninterrupted(cut, masters, offloader):
     assert engine.optimizer.state_dict()["state"].keys() == saved["optimizer"]["state"].keys()
     train(model, engine, batches[cut:])
     assert_same_weights(whole, model)
+
+
+@pytest.mark.parametrize("offloader", OFFLOADERS)
+def test_tools_that_look_into_the_optimizer_make_no_step_and_find_all(offloader):
+    """``torch.distributed.checkpoint`` fills an optimizer without state by a step of its own."""
+    model, batches = Net(), tokens(9)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=OFFLOADERS[offloader])
+    get_optimizer_state_dict(model, engine.optimizer)
+    assert engine.step == 0
+    train(model, engine, batches[:7])
+    before = weights(model)
+    found = get_optimizer_state_dict(model, engine.optimizer)["state"]
+    assert engine.step == 7
+    assert_same_weights(before, model)
+    expected = engine.optimizer.state_dict()["state"]
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        for key, value in expected[i].items():
+            assert torch.equal(found[name][key], value)
+            assert torch.equal(engine.optimizer.state[p][key], value)
+    assert len(engine.optimizer.state) == 0
+    twin = Net()
+    twin.load_state_dict(model.state_dict())
+    again = HiFTEngine.attach(twin, adamw(twin.parameters()), make_offloader=OFFLOADERS[offloader])
+    again.optimizer.load_state_dict(engine.optimizer.state_dict())
+    train(twin, again, batches[7:])
+    train(model, engine, batches[7:])
+    assert_same_weights(twin, model)
+
+
+def test_a_copy_of_an_optimizer_steps_what_has_no_state_yet():
+    model, batches = Net(), tokens(3)
+    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    train(model, engine, batches[:2])
+    twin = copy.deepcopy(engine.optimizer)
+    for p in twin.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    twin.step()
+    assert len(twin.state) == len(list(model.parameters()))
 
 
 def test_checkpoint_opens_in_a_plain_optimizer():
@@ -402,7 +442,7 @@ def test_second_engine_takes_over_state_and_position():
     engine = HiFTEngine.attach(model, optimizer)
     train(model, engine, batches[:7])
     engine.close()
-    assert not optimizer.state
+    assert len(optimizer.state) == 0
     second = HiFTEngine.attach(model, optimizer)
     assert second.step == 7
     train(model, second, batches[7:])

@@ -297,7 +297,7 @@ def test_state_from_the_constructor_is_never_on_the_device_as_a_whole(name, pref
     optimizer = case.make(model.parameters())
     assert len(optimizer.state) == len(list(model.parameters()))
     engine = HiFTEngine.attach(model, optimizer, make_offloader=lambda: lagging(prefetch=prefetch))
-    assert not optimizer.state
+    assert len(optimizer.state) == 0
     sizes = [4 * (group.numel + len(group.parameters)) for group in engine.groups]
     # In the slot each tensor begins at a multiple of 64 bytes.
     slots = [sum(-(-n // 64) * 64 for p in g.parameters.values() for n in (4, 4 * p.numel())) for g in engine.groups]
