@@ -74,7 +74,7 @@ class OffloadedAdamW(Optimizer):
         offload_gradients: bool = False,
     ) -> Optimizer:
         kind = _import("torchao.optim", "torchao").CPUOffloadOptimizer
-        if not torch.cuda.is_available():
+        if not _has_gpu():
             raise RuntimeError(
                 "Got OffloadedAdamW, which needs a CUDA GPU to take the state from, and there is none. Use"
                 " torch.optim.AdamW, which keeps its state on the host where the weights are."
@@ -147,6 +147,10 @@ def _as_groups(params: Any) -> list[dict[str, Any]]:
 
 def _listed(params: Any) -> list[nn.Parameter]:
     return [params] if isinstance(params, nn.Parameter) else list(params)
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _import(module: str, package: str) -> Any:

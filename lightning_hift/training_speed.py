@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_hift.late_value import LateValue, is_logged
+
 
 class _Counted(NamedTuple):
     seconds: float
@@ -28,8 +30,8 @@ class TrainingSpeed(Callback):
     data and optimizer too, but without validation. Tokens are those that ``attention_mask`` lets through, where there
     is one, so padding does not count. The progress bar shows tokens, or samples where there are none.
 
-    It costs one small sum per batch. On a GPU, steps are still under way when the clock is read; over an interval of
-    several batches that evens out.
+    It costs one small sum per batch. Nothing waits for a device: the bar shows what was counted a few batches ago, and
+    on a GPU, steps are still under way when the clock is read; over an interval of several batches that evens out.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class TrainingSpeed(Callback):
         self._seconds = 0.0
         self._samples = 0
         self._tokens: int | Tensor | None = 0
+        self._shown = LateValue()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,10 +61,10 @@ class TrainingSpeed(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         while len(self._window) > max(1, every) * trainer.accumulate_grad_batches:  # as loggers count
             self._drop()
-        has_tokens = self._tokens is not None
-        self._log(pl_module, "samples", self._samples, on_bar=not has_tokens)
+        exact = is_logged(trainer)
+        self._log(pl_module, "samples", self._samples, exact, on_bar=self._tokens is None)
         if self._tokens is not None:
-            self._log(pl_module, "tokens", self._tokens, on_bar=True)
+            self._log(pl_module, "tokens", self._tokens, exact, on_bar=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,10 +86,11 @@ class TrainingSpeed(Callback):
         if first.tokens is not None and self._tokens is not None:
             self._tokens = self._tokens - first.tokens
 
-    def _log(self, pl_module: pl.LightningModule, what: str, count: int | Tensor, on_bar: bool) -> None:
+    def _log(self, pl_module: pl.LightningModule, what: str, count: int | Tensor, exact: bool, on_bar: bool) -> None:
         # As a tensor, of the host unless it was counted elsewhere: Lightning would copy a plain number to the device.
         rate = torch.as_tensor(count, dtype=torch.float32) / max(self._seconds, 1e-9)
-        pl_module.log(f"train_{what}_per_second", rate, prog_bar=on_bar, batch_size=1)
+        shown = rate if exact else self._shown.update(rate)
+        pl_module.log(f"train_{what}_per_second", shown, prog_bar=on_bar, batch_size=1)
 
 
 def _count_samples(batch: Any) -> int | None:

@@ -33,6 +33,7 @@ FLOORS = [
     {
         "callback",
         "run_length",
+        "late_value",
         "state_housing",
         "strategy",
         "ddp_strategy",

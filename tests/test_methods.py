@@ -274,7 +274,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 def test_offloading_fits_into_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=CPUOffloadOptimizer))
-        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr("lightning_hift.packaged_optimizers._has_gpu", lambda: True)
         on_the_cpu = ("--trainer.accelerator=cpu", "--model.optimizer.weight_decay=0")
         offloaded = run("trec", "cpu_offload", tmp_path, *on_the_cpu)
     plain = run("trec", "full", tmp_path, "--model.optimizer.weight_decay=0")
@@ -283,7 +283,7 @@ def test_offloading_fits_into_a_trainer(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_cannot_be_clipped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=CPUOffloadOptimizer))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("lightning_hift.packaged_optimizers._has_gpu", lambda: True)
     for kind in (OffloadedAdamW, MeZO):
         with pytest.raises(
             ValueError, match=r"Got gradient_clip_val=1.0, but .* has no gradients that could be clipped"

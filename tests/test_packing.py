@@ -23,7 +23,7 @@ SPECIFIC = {"opt": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "gemma3_text": {"
 SPECIFIC["gemma2"] = SPECIFIC["gemma3_text"]
 SPECIFIC["mistral"] = {"sliding_window": 4}
 HEEDING = ["llama", "gpt2", "qwen3", "gpt_neox", "mistral", "gemma3_text", "mixtral"]
-NOT_HEEDING = ["opt", "bloom", "mamba", "falcon"]
+NOT_HEEDING = ["opt", "bloom", "mamba"]
 
 
 def network_of(model_type: str, **options: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_hift.late_value import LateValue, is_logged
 from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
@@ -124,6 +125,7 @@ class TransformerModule(HiFTModule):
         self.optimizer: OptimizerCallable = torch.optim.AdamW if optimizer is None else optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
+        self._shown_loss = LateValue()
         self.interval = interval
         self.network = None
         self.metrics = nn.ModuleDict()
@@ -201,7 +203,8 @@ class TransformerModule(HiFTModule):
     @override
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        shown = loss if is_logged(self.trainer) else self._shown_loss.update(loss)
+        self.log("train_loss", shown, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     @override
