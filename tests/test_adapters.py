@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 2, "encoder_hidden_size": 8},
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# peft 0.21 does not find the cache that networks of these have.
+NO_CACHE = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24)
+CACHELESS = pytest.mark.xfail(NO_CACHE, raises=ValueError, reason="peft refuses every network", strict=True)
+KINDS = [pytest.param(kind, marks=CACHELESS if kind == "PREFIX_TUNING" else ()) for kind in ADAPTERS]
 BY_LAYER = ("LORA", "DORA", "ADALORA", "IA3")
 
 
@@ -65,7 +70,7 @@ def fit(
     return task, trainer, callback
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_adapters_and_the_head_train_and_have_state(tmp_path: Path, rows: Any, kind: str) -> None:
     task, trainer, callback = fit(tmp_path, rows, kind, strategy=HiFTStrategy())
     trainable = {name for name, p in task.named_parameters() if p.requires_grad}
@@ -83,7 +88,7 @@ def test_only_adapters_and_the_head_train_and_have_state(tmp_path: Path, rows: A
     assert all(any(a.shape == b.shape and torch.equal(a, b) for b in base) for a in original)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_adapter_weight_moves(tmp_path: Path, rows: Any, kind: str) -> None:
     before, _, _ = fit(tmp_path, rows, kind, max_steps=0)
     after, _, _ = fit(tmp_path, rows, kind)
