@@ -27,7 +27,6 @@ from lightning_hift.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.checkpointing import ActivationBudget
 from lightning_hift.engine import HiFTEngine
 from lightning_hift.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
-from lightning_hift.late_value import is_logged
 from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.lr_scale import AUTO, LRScale, check_lr_scale
 from lightning_hift.lr_scheduler import HoldLR, SweepLR, check_hold_lr, is_held
@@ -401,8 +400,6 @@ class HiFTCallback(Callback):
         self._backwards_without_step = 0
         engine.announce_step()
         of_step = self._of_step[index] = {}
-        if not is_logged(trainer):
-            return
         if (lr := engine.learning_rate) is not None:
             of_step["lr"] = torch.as_tensor(lr, dtype=torch.float32)
         gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
@@ -499,16 +496,16 @@ class HiFTCallback(Callback):
 
     def _log_values(self, pl_module: pl.LightningModule, index: int, engine: HiFTEngine) -> None:
         suffix = f"/{index}" if len(self._engines) > 1 else ""
-        values: dict[str, float] = {"group": engine.active_group.index, "sweep": engine.sweep}
-        if is_logged(pl_module.trainer):
-            values |= {
-                "state_bytes_device": engine.offloader.device_bytes,
-                "state_bytes_host": engine.offloader.host_bytes,
-                "exposed_transfer_ms": engine.offloader.exposed_ms(),
-            }
-            sent_bytes = getattr(pl_module.trainer.strategy, "sent_bytes", None)
-            if sent_bytes is not None:
-                values["sent_bytes"] = sent_bytes
+        values = {
+            "group": engine.active_group.index,
+            "sweep": engine.sweep,
+            "state_bytes_device": engine.offloader.device_bytes,
+            "state_bytes_host": engine.offloader.host_bytes,
+            "exposed_transfer_ms": engine.offloader.exposed_ms(),
+        }
+        sent_bytes = getattr(pl_module.trainer.strategy, "sent_bytes", None)
+        if sent_bytes is not None:
+            values["sent_bytes"] = sent_bytes
         for name, value in values.items():
             # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
             on_bar = name in ("group", "sweep")

@@ -60,6 +60,9 @@ class KeptState(defaultdict[Any, State]):
     def __bool__(self) -> bool:
         return True
 
+    def __copy__(self) -> defaultdict[Any, State]:  # type: ignore[override]
+        return defaultdict(dict, self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict,), None, None, iter(self.items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -476,4 +477,4 @@ def test_passport_knows_the_versions_and_survives_without_git(monkeypatch: pytes
     monkeypatch.setenv("PATH", "/nowhere")
     passport = make_passport()
     assert passport["commit"] is None
-    assert passport["versions"]["torch"] == torch.__version__.split("+")[0]  # type: ignore[index]
+    assert passport["versions"]["torch"] == version("torch")  # type: ignore[index]
