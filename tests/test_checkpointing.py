@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import warnings
 import weakref
 from functools import partial
 
@@ -512,14 +513,21 @@ def test_on_a_gpu_dropout_is_recomputed_alike_without_waiting(name):
         plain.zero_grad()
         assert_same_gradients(one_batch(model, batch, budget)[1], one_batch(plain, batch)[1])
     assert 0 < budget.num_checkpointed < 4
-    torch.cuda.set_sync_debug_mode("error")
+    # Some networks wait by themselves.
+    assert waits(lambda: one_batch(model, batch, budget)) == waits(lambda: one_batch(plain, batch))
+    budget.close()
+
+
+def waits(run):
+    """How often the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        budget.begin_batch()
-        torch.autograd.backward(model(input_ids=batch).logits.sum())
-        budget.end_batch()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    budget.close()
+    return sum("synchronizing" in str(warning.message) for warning in found)
 
 
 def test_cache_of_keys_and_values_is_off_in_a_batch_and_only_there():
