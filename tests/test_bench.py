@@ -485,7 +485,8 @@ def eventually(happened):
     return any(happened() or time.sleep(0.1) for _ in range(600))
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_goes_on(here, sent, call, request):
     path = write(axes={"seed": [0, 1, 2]}, options={"seed_everything": "{seed}"})
     process = subprocess.Popen(

@@ -269,7 +269,11 @@ MAPPING = [(a, f"{LETTERS[(i + 3) % 10]} {a}") for i, a in enumerate(LETTERS)]
     [
         ("llama", SMALL | {"initializer_range": 0.1}, {}, 240),
         # Without a schedule, rounding decides what its last steps come to.
-        ("t5", T5 | {"dropout_rate": 0.0, "initializer_factor": 0.3, "num_layers": 1}, {"lr_scheduler": "linear"}, 500),
+        pytest.param(
+            *("t5", T5 | {"dropout_rate": 0.0, "initializer_factor": 0.3, "num_layers": 1}),
+            *({"lr_scheduler": "linear"}, 500),
+            marks=pytest.mark.slow,
+        ),
         ("llama", SMALL | {"initializer_range": 0.1}, {"adapter": LORA}, 40),
     ],
     ids=["decoder", "encoder-decoder", "adapter"],

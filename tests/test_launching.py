@@ -122,6 +122,7 @@ def test_other_devices_than_were_launched_are_refused(
     trainer(strategy=strategy(), devices=2)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_consolidated_exported_and_opened(
     tmp_path: Path, call: Callable[[list[str], Path], str]
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
 from lightning_hift.master_weights import join_master, split_master, store_master
 from tests.lagging import LaggingDevice
+from tests.matrices import crossed
 from tests.models import (
     GROUPS,
     Automatic,
@@ -589,9 +590,7 @@ def exact_weights(model, engine):
     return exact
 
 
-@pytest.mark.parametrize("edited", [False, True])
-@pytest.mark.parametrize("after", PRECISIONS)
-@pytest.mark.parametrize("before", ["split", "full", "half"])
+@pytest.mark.parametrize(("before", "after", "edited"), crossed(["split", "full", "half"], PRECISIONS, [False, True]))
 def test_masters_go_over_to_another_precision(before, after, edited):
     model, engine = start_in(before)
     for batch in tokens(7):

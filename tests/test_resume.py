@@ -375,6 +375,7 @@ def in_a_process(folder: Path, timeout: float = 60.0) -> int | None:
     return None if process.exitcode == -signal.SIGKILL else process.exitcode
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     assert in_a_process(tmp_path / "first") == 0
     begin = time.monotonic()
