@@ -285,7 +285,7 @@ class HiFTCallback(Callback):
                 self._expect(trainer, config)
 
     def _expect(self, trainer: pl.Trainer, config: Any) -> None:
-        engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
+        _, engine = self._engine_of(config.scheduler.optimizer)
         before = trainer.global_step // len(self._engines) - engine.step
         config.scheduler.expect(run_length(trainer, len(self._engines), config, before))
 
@@ -321,7 +321,7 @@ class HiFTCallback(Callback):
             spans_run = getattr(config.scheduler, SPANS_RUN, False)
             if not is_held(config.scheduler) or config.interval != "step" or spans_run:
                 continue
-            engine = next(e for e in self._engines if e.optimizer is config.scheduler.optimizer)
+            _, engine = self._engine_of(config.scheduler.optimizer)
             length, name = engine.policy.steps_per_sweep, config.scheduler.__class__.__name__
             if length > 1:
                 rank_zero_warn(

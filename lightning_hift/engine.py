@@ -240,12 +240,7 @@ class HiFTEngine:
 
         ``None`` where the optimizer has no learning rate.
         """
-        scaled = {
-            p: self.lr_scales[g.index]
-            for g in self._active_groups
-            for unit in g.units
-            for p in unit.parameters.values()
-        }
+        scaled = {p: self.lr_scales[group.index] for group in self._active_groups for p in group.parameters.values()}
         rates = [
             group["lr"] * max(scales)
             for group in self.optimizer.param_groups

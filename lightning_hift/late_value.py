@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def is_logged(trainer: pl.Trainer) -> bool:
-    """Whether loggers get what is logged in this batch, which then is worth its price."""
-    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
 class LateValue:
     """A number that changes at each step, as it was when it last reached the host."""
 
@@ -22,18 +17,20 @@ class LateValue:
         self._known = torch.tensor(torch.nan)
         self._coming: deque[tuple[Tensor, Any]] = deque()
 
-    def update(self, value: Tensor) -> Tensor:
+    def update(self, value: Tensor, trainer: pl.Trainer) -> Tensor:
         """Send the newest one on its way.
 
         Args:
             value: Shape (), on any device.
+            trainer: Whose bar shows it.
 
         Returns:
-            The newest one that has arrived, on the host: of a few steps ago, NaN before the first, and ``value`` itself
-            where there is nothing to wait for.
+            The newest one that has arrived, on the host: of a few steps ago, NaN before the first. ``value`` itself
+            where there is nothing to wait for, and in the batches whose values loggers get.
         """
+        is_logged = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]
         streams = torch.get_device_module(value.device)
-        if value.device.type == "cpu" or not hasattr(streams, "current_stream"):
+        if is_logged or value.device.type == "cpu" or not hasattr(streams, "current_stream"):
             return value
         there = torch.empty((), dtype=value.dtype, pin_memory=True)
         there.copy_(value.detach(), non_blocking=True)

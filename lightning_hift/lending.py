@@ -54,8 +54,6 @@ class Lender:
         self._offloader = offloader
         self.is_lent = False
         """Whether a step, or what ``lend`` was called for, is under way."""
-        self.num_edited = 0
-        """How many weights were not those of the masters that were restored for them."""
         self._pieces: list[Piece] = []  # on loan
         self._kept: dict[nn.Parameter, State] = {}  # by handle: what the optimizer does not get to see
         self._live: dict[nn.Parameter, Tensor] = {}  # by handle: the weights that stand aside for their masters
@@ -236,7 +234,7 @@ class Lender:
                 master = self._packed(piece.rows_of(p.detach()).float()) if saved is None else None
                 bags[piece.handle] = {
                     **self._offloader.state_of(piece.handle),
-                    **(self.restored_master(piece, saved) if master is None else master),
+                    **(self.restored_master(piece, saved)[0] if master is None else master),
                 }
         self._offloader.put(bags)
         for p in parameters:
@@ -276,8 +274,10 @@ class Lender:
         self._offloader.drop([piece.handle for piece in pieces], keep=_OURS)
         self.options.forget(owner)
 
-    def restored_master(self, piece: Piece, saved: Tensor | None) -> State:
+    def restored_master(self, piece: Piece, saved: Tensor | None) -> tuple[State, int]:
         """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
+
+        And how many of its weights are not those of that master.
 
         In a precision that is not the checkpoint's, its weights are rounded anew from their masters. For that they must
         have been loaded already; in the same precision, by the next step at the latest.
@@ -286,15 +286,15 @@ class Lender:
         weight = piece.rows_of(p.detach())
         keeps_masters = self.master_weights != "none" and p.dtype in HALF_DTYPES
         if saved is None:
-            return self._packed(weight.float()) if keeps_masters else {}
+            return (self._packed(weight.float()) if keeps_masters else {}), 0
         saved = piece.rows_of(saved)
         if saved.dtype == torch.int16:
             if keeps_masters and p.dtype == torch.bfloat16:
-                return {_REMAINDER: saved}  # until the first step: its weights may still have to be loaded
+                return {_REMAINDER: saved}, 0  # until the first step: its weights may still have to be loaded
             saved = join_master(weight.cpu().bfloat16(), saved)
-        if keeps_masters or p.dtype == torch.float32:
-            self.num_edited += adopt_master(weight, saved)
-        return self._packed(saved) if keeps_masters else {}
+        adopts = keeps_masters or p.dtype == torch.float32
+        num_edited = adopt_master(weight, saved) if adopts else 0
+        return (self._packed(saved) if keeps_masters else {}), num_edited
 
     def _packed(self, master: Tensor) -> State:
         return {_MASTER: master} if self.master_weights == "full" else {_REMAINDER: split_master(master)[1]}

@@ -119,10 +119,9 @@ def adopt_master(weight: Tensor, master: Tensor) -> int:
     """
     before, master = weight.cpu(), master.cpu()
     belongs = torch.zeros_like(before, dtype=torch.bool)
-    for rounded in (split_master(master)[0], master.half(), master):
-        belongs |= rounded.to(before.dtype) == before
-    anew = split_master(master)[0] if before.dtype == torch.bfloat16 else master.to(before.dtype)
-    weight.copy_(torch.where(belongs, anew, before))
+    for dtype in (*HALF_DTYPES, torch.float32):
+        belongs |= _rounded(master, dtype).to(before.dtype) == before
+    weight.copy_(torch.where(belongs, _rounded(master, before.dtype), before))
     return int((~belongs).sum())
 
 
@@ -137,10 +136,13 @@ def _unless_changed(master: Tensor, live: Tensor) -> Tensor:
     else:
         parts = list(zip(torch.split(master.view(-1), _PART), torch.split(live.view(-1), _PART), strict=True))
     for part, live_part in parts:
-        rounded = split_master(part)[0] if live.dtype == torch.bfloat16 else part.to(live.dtype)
-        same = rounded.view(torch.int16) == live_part.contiguous().view(torch.int16)
+        same = _rounded(part, live.dtype).view(torch.int16) == live_part.contiguous().view(torch.int16)
         part.copy_(torch.where(same, part, live_part.float()))
     return master
+
+
+def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+    return split_master(master)[0] if dtype == torch.bfloat16 else master.to(dtype)
 
 
 def _names(dtypes: set[torch.dtype]) -> str:

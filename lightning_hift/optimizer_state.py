@@ -169,17 +169,19 @@ class OptimizerState:
         """
         rest = dict(saved["state"])
         kept: dict[nn.Parameter, State] = {}
-        self._lender.num_edited = 0
+        total_edited = 0
         ids = [saved_id for group in saved["param_groups"] for saved_id in group["params"]]
         for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
             state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._lender.dtype_of(p))
             for piece in self._pieces_of(p):
-                master = self._lender.restored_master(piece, masters.get(i))  # which may set the weights everywhere
+                # In every process, as it may set the weights.
+                master, num_edited = self._lender.restored_master(piece, masters.get(i))
+                total_edited += num_edited
                 if self._partition.owns(piece):
                     kept[piece.handle] = split_state(state, piece) | master
-        if self._lender.num_edited:
+        if total_edited:
             warnings.warn(
-                f"{self._lender.num_edited:,} weights are not those that the checkpoint's masters are rounded to. They"
+                f"{total_edited:,} weights are not those that the checkpoint's masters are rounded to. They"
                 " were changed since it was saved, or are still to be loaded; they train on from what they are.",
                 stacklevel=2,
             )

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_hift.late_value import LateValue, is_logged
+from lightning_hift.late_value import LateValue
 
 
 class _Counted(NamedTuple):
@@ -61,10 +61,9 @@ class TrainingSpeed(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         while len(self._window) > max(1, every) * trainer.accumulate_grad_batches:  # as loggers count
             self._drop()
-        exact = is_logged(trainer)
-        self._log(pl_module, "samples", self._samples, exact, on_bar=self._tokens is None)
+        self._log(pl_module, "samples", self._samples, on_bar=self._tokens is None)
         if self._tokens is not None:
-            self._log(pl_module, "tokens", self._tokens, exact, on_bar=True)
+            self._log(pl_module, "tokens", self._tokens, on_bar=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,10 +85,10 @@ class TrainingSpeed(Callback):
         if first.tokens is not None and self._tokens is not None:
             self._tokens = self._tokens - first.tokens
 
-    def _log(self, pl_module: pl.LightningModule, what: str, count: int | Tensor, exact: bool, on_bar: bool) -> None:
+    def _log(self, pl_module: pl.LightningModule, what: str, count: int | Tensor, on_bar: bool) -> None:
         # As a tensor, of the host unless it was counted elsewhere: Lightning would copy a plain number to the device.
         rate = torch.as_tensor(count, dtype=torch.float32) / max(self._seconds, 1e-9)
-        shown = rate if exact else self._shown.update(rate)
+        shown = self._shown.update(rate, pl_module.trainer)
         pl_module.log(f"train_{what}_per_second", shown, prog_bar=on_bar, batch_size=1)
 
 

@@ -119,8 +119,8 @@ class Transfers:
         self._load_stream = self._streams.Stream(device=device)
         self._save_stream = self._streams.Stream(device=device)
         self._thread = ThreadPoolExecutor(1, "hift-copies") if in_thread else None
-        self._under_way: tuple[deque[_Copy], deque[_Copy]] = (deque(), deque())  # of the load and the save stream
-        weakref.finalize(self, _finish, self._under_way, os.getpid())
+        self._under_way: dict[Any, deque[_Copy]] = {self._load_stream: deque(), self._save_stream: deque()}
+        weakref.finalize(self, _finish, [*self._under_way.values()], os.getpid())
         self._step = 0
         self._waits: deque[tuple[int, Any, Any]] = deque(maxlen=256)
         self._sums: dict[int, float] = {}
@@ -145,7 +145,7 @@ class Transfers:
             return stream.record_event()
 
         stepped = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, 1, [host for _, host in pairs], [device for device, _ in pairs])
+        return self._run(copy, stream, [host for _, host in pairs], [device for device, _ in pairs])
 
     def load(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any = None) -> Any:
         """Copy each (host, device) pair to the device, after the event ``after``. Returns the event that ends it."""
@@ -165,19 +165,19 @@ class Transfers:
             return stream.record_event()
 
         allocated = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, 0, [host for host, _ in pairs], [device for _, device in pairs])
+        return self._run(copy, stream, [host for host, _ in pairs], [device for _, device in pairs])
 
     def wait(self, event: Any) -> None:
         """Let the compute stream wait for ``event``; ``None`` has happened."""
         if event is not None:
             self._streams.current_stream(self.device).wait_event(_event(event))  # Note [Streams] 4, 5
-            for copy in chain(*self._under_way):
+            for copy in chain(*self._under_way.values()):
                 if copy.end is event:
                     copy.device.clear()
 
     def finish(self) -> None:
         """Let the host wait until no copy is under way."""
-        _finish(self._under_way, os.getpid())
+        _finish(self._under_way.values(), os.getpid())
 
     @contextmanager
     def measure_exposed(self) -> Iterator[None]:
@@ -208,24 +208,24 @@ class Transfers:
         event.record(self._streams.current_stream(self.device))
         return event
 
-    def _run(self, copy: Callable[[], Any], direction: int, host: list[Tensor], device: list[Tensor]) -> Any:
+    def _run(self, copy: Callable[[], Any], stream: Any, host: list[Tensor], device: list[Tensor]) -> Any:
         def on_stream() -> Any:
-            with self._streams.stream((self._load_stream, self._save_stream)[direction]):
+            with self._streams.stream(stream):
                 return copy()
 
         self._let_go()
         end = on_stream() if self._thread is None else self._thread.submit(on_stream)
-        self._under_way[direction].append(_Copy(end, host, device))
+        self._under_way[stream].append(_Copy(end, host, device))
         return end
 
     def _let_go(self) -> None:
         """Forget the copies that are over, but for the last one: to have waited for it is to have waited for all."""
-        for copies in self._under_way:
+        for copies in self._under_way.values():
             while len(copies) > 1 and _has_happened(copies[0].end):
                 copies.popleft()
 
 
-def _finish(under_way: Sequence[deque[_Copy]], process: int) -> None:
+def _finish(under_way: Iterable[deque[_Copy]], process: int) -> None:
     """Let the host wait for all of ``under_way``, in the process that started them: a fork has no part in them."""
     if os.getpid() == process:
         for copies in under_way:

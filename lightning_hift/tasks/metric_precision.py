@@ -12,19 +12,19 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
-_HALF = (torch.bfloat16, torch.float16)
+from lightning_hift.master_weights import HALF_DTYPES
 
 
 def full_precision(values: Tensor) -> Tensor:
     """Values in float32 if they are floats of 16 bits; else as they are."""
-    return values.float() if values.dtype in _HALF else values
+    return values.float() if values.dtype in HALF_DTYPES else values
 
 
 @contextmanager
 def full_precision_default() -> Iterator[None]:
     """New tensors are float32 where they would have 16 bits, as in a Trainer with ``precision="bf16-true"``."""
     before = torch.get_default_dtype()
-    if before in _HALF:
+    if before in HALF_DTYPES:
         torch.set_default_dtype(torch.float32)
     try:
         yield

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_hift.late_value import LateValue, is_logged
+from lightning_hift.late_value import LateValue
 from lightning_hift.lr_forecast import SPANS_RUN
 from lightning_hift.module import HiFTModule
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
@@ -203,7 +203,7 @@ class TransformerModule(HiFTModule):
     @override
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        shown = loss if is_logged(self.trainer) else self._shown_loss.update(loss)
+        shown = self._shown_loss.update(loss, self.trainer)
         self.log("train_loss", shown, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
@@ -256,9 +256,8 @@ class TransformerModule(HiFTModule):
         from transformers import get_scheduler
 
         steps = self.num_training_steps
-        warmup = max(
-            0, min(math.ceil(self.warmup * steps), steps - 1)
-        )  # it begins at 0, so the last step cannot be part of it
+        # It begins at 0, so the last step cannot be part of it.
+        warmup = max(0, min(math.ceil(self.warmup * steps), steps - 1))
         scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, steps)
         setattr(scheduler, SPANS_RUN, True)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
