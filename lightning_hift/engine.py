@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 
 from lightning_hift.fingerprint import check_fingerprint, make_fingerprint
 from lightning_hift.grouping import LayerGroup, LayerUnit
-from lightning_hift.lending import Lender
 from lightning_hift.lr_scale import LRScale, lr_scales_for
 from lightning_hift.master_weights import MasterWeights, resolve_master_weights
 from lightning_hift.offload import StateOffloader
@@ -43,6 +42,7 @@ from lightning_hift.row_slices import Piece, cut_into_turns, steps_element_wise
 from lightning_hift.selection import SelectionPolicy
 from lightning_hift.sharded_tensors import is_sharded
 from lightning_hift.state_partition import UndividedState
+from lightning_hift.step_view import StepView, Turn
 
 ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
@@ -134,11 +134,10 @@ class HiFTEngine:
         self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
         self._held_back = tuple(held_back)
         self._check_ownership()
-        self._turns = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
-        always = [p for unit in self.always_active for p in unit.parameters.values()]
-        (self._fixed,) = cut_into_turns(always, None)
-        self._check_slicing(max_group_numel)
-        self.partition.assign([*(turn for turns in self._turns for turn in turns), self._fixed])
+        cut = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
+        always = cut_into_turns([p for unit in self.always_active for p in unit.parameters.values()], None)
+        self._check_slicing(max_group_numel, cut)
+        self.partition.assign(pieces for turns in (*cut, always) for pieces in turns)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
         if masters != "none" and not self._needs_gradient:
@@ -149,14 +148,16 @@ class HiFTEngine:
 
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
-        self._lender = Lender(optimizer, self.offloader, masters)
-        by_group = [*([piece for turn in turns for piece in turn] for turns in self._turns), self._fixed]
-        self._state = OptimizerState(optimizer, self._lender, self.offloader, by_group, self.partition)
+        self._turns = [[self._make_turn(i, pieces) for pieces in turns] for i, turns in enumerate(cut)]
+        self._fixed = self._make_turn(_ALWAYS, always[0], stays=True)
+        self._view = StepView(optimizer, self.offloader, masters)
+        every_turn = [*(turn for turns in self._turns for turn in turns), self._fixed]
+        self._state = OptimizerState(optimizer, self._view, self.offloader, every_turn, self.partition)
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
-        self._turn: list[Piece] = []  # which is being stepped, here or elsewhere
+        self._shown: list[Turn] = []  # which are being stepped, here or elsewhere
         self._has_all_state = self.partition.world_size == 1
         self._proof = FirstSweepProof(self.parameters, len(self.groups)) if self._needs_gradient else None
         self.watchers: list[StepWatcher] = []
@@ -175,8 +176,7 @@ class HiFTEngine:
         self._active_groups = self._select()
         self._state.adopt()
         self._state.keep_apart()
-        for pieces in by_group:
-            self._lender.make_masters(pieces, weights_dtype, inherited, self.partition.owns)
+        self._state.make_masters(weights_dtype, inherited)
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._counts: dict[str, Any] = {}
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
@@ -222,7 +222,7 @@ class HiFTEngine:
     @property
     def master_weights(self) -> str:
         """How masters are kept: ``"full"``, ``"split"`` or ``"none"``."""
-        return self._lender.master_weights
+        return self._view.master_weights
 
     @property
     def sweep(self) -> int:
@@ -273,7 +273,7 @@ class HiFTEngine:
         self._active = [p for unit in units for p in unit.parameters.values()]
         self.freeze()
         self._step_counted = False
-        self._lender.cancel()
+        self._view.cancel()
         self._reset_inactive()
         self._hold_first(self._active_groups)
 
@@ -318,8 +318,8 @@ class HiFTEngine:
         """Drop the state of groups that do not train any more, if the policy says so."""
         if self.policy.state_handling == "reset":
             for group in self.groups if self._trained is None else self._trained:
-                if group not in self._active_groups:
-                    self._state.reset(group.index)
+                for turn in self._turns[group.index] if group not in self._active_groups else ():
+                    self._state.reset(turn)
             self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
@@ -392,19 +392,17 @@ class HiFTEngine:
             return
         self._prepare_whole()
         if slices:
-            self._lender.raise_gradients(p for p in self._active if p.grad is not None)
+            self._view.raise_gradients(self._active)
 
     def _prepare_whole(self) -> None:
         """Raise the precision of what is not stepped in turns."""
         turns = self._turns_of(self._active_groups)
-        pieces = [*(turns[0][1] if len(turns) == 1 else ()), *self._fixed]
-        self._lender.prepare(self._own(pieces))
-        # What others step is clipped and unscaled here, too, and has to come out the same.
-        self._lender.raise_gradients(piece.parameter for piece in pieces if not self.partition.owns(piece))
+        for turn in (*(turns if len(turns) == 1 else ()), self._fixed):
+            self._view.prepare(turn)
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
-        self._lender.cancel()
+        self._view.cancel()
 
     def close(self) -> None:
         """End the run: all state to the host, ``requires_grad`` as it was before. The optimizer stays usable.
@@ -416,7 +414,7 @@ class HiFTEngine:
             return
         self._closed = True
         self.unfreeze()
-        self._lender.cancel()
+        self._view.cancel()
         self.offloader.release_all()
         self.offloader.remove_files()
 
@@ -428,29 +426,29 @@ class HiFTEngine:
         if self._closed:
             self._hand_back()
             return None
-        if self._lender.is_lent:
-            self._lender.cancel()  # an earlier step has failed half-way
+        if self._view.is_shown:
+            self._view.cancel()  # an earlier step has failed half-way
         # args[0] is the optimizer itself; a closure runs forward and backward inside step.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if not self._needs_gradient:  # it moves the weights before it calls its closure
             self.announce_step()
         if closure is None or not self._needs_gradient:
-            self._lend_all()
+            self._show_all()
             return None
 
         def closure_then_state() -> Any:
             result = closure()
             if self._advance_on_step and isinstance(result, (Tensor, float)):
                 self.observe(result)
-            self._lend_all()
+            self._show_all()
             return result
 
         if len(args) > 1:
             return (args[0], closure_then_state, *args[2:]), kwargs
         return args, {**kwargs, "closure": closure_then_state}
 
-    def _lend_all(self) -> None:
-        if self._lender.is_lent:
+    def _show_all(self) -> None:
+        if self._view.is_shown:
             return
         if self._advance_on_step:
             self.check_gradients()
@@ -463,42 +461,43 @@ class HiFTEngine:
             )
         self._prepare_whole()
         # All but the last are stepped here; the step that is under way then does the last one.
-        rounds = [*([(_ALWAYS, self._fixed)] if self._fixed else []), *self._turns_of(self._active_groups)]
+        rounds = [[turn] for turn in (self._fixed, *self._turns_of(self._active_groups)) if turn.pieces]
         if not self._needs_gradient:  # one closure, so one step for all
-            rounds = [(rounds[-1][0], [piece for _, turn in rounds for piece in turn])]
-        for (owner, turn), (next_owner, next_turn) in pairwise(rounds):
-            self._lend(owner, turn)
-            if self._own(turn):
+            rounds = [[turn for turns in rounds for turn in turns]]
+        for turns, following in pairwise(rounds):
+            self._show(turns)
+            if any(turn.own for turn in turns):
                 _bare_step(self.optimizer)
-            self._take_back(keep_options=owner != next_owner)
-            if owner != _ALWAYS:
-                self._hold(next_turn)
-        self._lend(*rounds[-1])
+            self._hide(keep_options=turns[-1].owner != following[-1].owner)
+            self.offloader.hold(following[-1].state)
+        self._show(rounds[-1])
         self._counts = counts_of(self.optimizer)
 
-    def _lend(self, owner: int | str, turn: list[Piece]) -> None:
-        self._turn, pieces = turn, self._own(turn)
-        now = {piece.parameter for piece in pieces}
+    def _show(self, turns: list[Turn]) -> None:
+        self._shown, pieces = turns, [piece for turn in turns for piece in turn.own]
+        now, owner = {piece.parameter for piece in pieces}, turns[-1].owner
         scale = self.lr_scales[owner] if isinstance(owner, int) else 1.0
-        self._lender.lend(pieces, owner, hide=[p for p in self._active if p not in now], lr_scale=scale)
-        if self._proof is not None:
-            self._proof.before_step(pieces)
-        for watcher in self.watchers:
+        self._view.show(turns, [p for p in self._active if p not in now], scale)
+        for watcher in self._all_watchers():
             watcher.before_step(pieces)
 
-    def _take_back(self, keep_options: bool = True) -> None:
-        for watcher in (*self.watchers, *([] if self._proof is None else [self._proof])):
+    def _hide(self, keep_options: bool = True) -> None:
+        for watcher in reversed(self._all_watchers()):
             watcher.after_step()
-        self._lender.take_back(keep_options)
-        self.partition.share(self._turn)
+        self._view.hide(keep_options)
+        for turn in self._shown:
+            self.partition.share(turn.pieces)
+
+    def _all_watchers(self) -> list[StepWatcher]:
+        return [*([] if self._proof is None else [self._proof]), *self.watchers]
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
-        self._take_back()
+        self._hide()
         self.partition.finish()
-        self._lender.lower_gradients()
-        self.offloader.end_step()
+        self._view.lower_gradients()
+        self.offloader.end_step(self.at_sweep_start)
         check_counts(optimizer, self._counts)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
@@ -514,10 +513,7 @@ class HiFTEngine:
             self._hold_first(following)
 
     def _hold_first(self, groups: Sequence[LayerGroup]) -> None:
-        self._hold(self._turns_of(groups)[0][1])
-
-    def _hold(self, turn: list[Piece]) -> None:
-        self.offloader.hold([piece.handle for piece in turn], always=[piece.handle for piece in self._fixed])
+        self.offloader.hold(self._turns_of(groups)[0].state)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         collected = self._state.collect()
@@ -532,7 +528,7 @@ class HiFTEngine:
             "step": self.step,
             "dtypes": collected.dtypes,
             "masters": collected.masters,
-            "counters": self._lender.options.state_dict(),
+            "counters": self._view.options.state_dict(),
             "held": [s.held_state() for s in self.held_schedulers],
             **({"learned": learned} if (learned := self.policy.state_dict()) else {}),
             **({} if self._has_all_state else {"part": [self.partition.rank, self.partition.world_size]}),
@@ -578,18 +574,19 @@ class HiFTEngine:
 
     def _switch(self, name: str) -> None:
         """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
-        for owner, turn in [*self._turns_of(self.groups), (_ALWAYS, self._fixed)]:
-            if turn:
-                self._lender.lend(turn, owner, to_step=False)
-                getattr(type(self.optimizer), name)(self.optimizer)
-                self._lender.take_back(keep_options=turn is self._fixed or turn is self._turns[int(owner)][-1])
-                self._hold([])
+        turns = [turn for turn in (*self._turns_of(self.groups), self._fixed) if turn.pieces]
+        for turn, following in pairwise([*turns, None]):
+            assert turn is not None
+            self._view.show([turn], to_step=False)
+            getattr(type(self.optimizer), name)(self.optimizer)
+            self._view.hide(keep_options=following is None or turn.owner != following.owner)
+            self.offloader.hold(None)
         if not self._closed:
             self._hold_first(self._select())
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._state.keep_apart()
-        self._lender.options.load_state_dict(self._counters_on_load)
+        self._view.options.load_state_dict(self._counters_on_load)
         self._trained = None
         if self._active and not self._closed:
             self._reset_inactive()
@@ -625,13 +622,13 @@ class HiFTEngine:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _own(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Those that this process steps."""
-        return [piece for piece in pieces if self.partition.owns(piece)]
+    def _make_turn(self, owner: int | str, pieces: list[Piece], stays: bool = False) -> Turn:
+        own = [piece for piece in pieces if self.partition.owns(piece)]
+        return Turn(owner, pieces, own, self.offloader.add([piece.handle for piece in own], stays))
 
-    def _turns_of(self, groups: Sequence[LayerGroup]) -> list[tuple[int | str, list[Piece]]]:
-        """What is stepped together, turn by turn, with the group that it belongs to."""
-        return [(group.index, turn) for group in groups for turn in self._turns[group.index]]
+    def _turns_of(self, groups: Sequence[LayerGroup]) -> list[Turn]:
+        """What is stepped together, turn by turn."""
+        return [turn for group in groups for turn in self._turns[group.index]]
 
     def _check_ownership(self) -> None:
         grouped = {id(p): name for name, p in self.parameters.items()}
@@ -660,7 +657,7 @@ class HiFTEngine:
             self.policy.load_state_dict(other.policy.state_dict())
         other._hand_back(to_device=False)
 
-    def _check_slicing(self, max_group_numel: int | None) -> None:
+    def _check_slicing(self, max_group_numel: int | None, cut: Sequence[Sequence[Any]]) -> None:
         if max_group_numel is not None and max_group_numel < 1:
             raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
         if any(is_sharded(p) for p in self.parameters.values()) and not steps_element_wise(self.optimizer):
@@ -669,7 +666,7 @@ class HiFTEngine:
                 " but the parameters are sharded over processes. Use an element-wise optimizer, such as"
                 " torch.optim.AdamW, or strategy='hift_ddp', with which each process has whole parameters."
             )
-        sliced = [group for group, turns in zip(self.groups, self._turns, strict=True) if len(turns) > 1]
+        sliced = [group for group, turns in zip(self.groups, cut, strict=True) if len(turns) > 1]
         if sliced and not steps_element_wise(self.optimizer):
             largest = max(sliced, key=lambda group: group.numel)
             raise ValueError(

@@ -16,7 +16,10 @@ from torch import Tensor
 MasterWeights = Literal["auto", "full", "split", "none"]
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-_PART = 2**24  # elements rounded at once
+MASTER, REMAINDER = MASTER_KEYS = ("hift_master", "hift_remainder")
+"""Keys under which masters (float32) and remainders (int16) are kept beside an optimizer's own state."""
+_PART = 2**28  # elements, of which a byte each is needed at once
+_TIE = -(2**15)  # as a remainder
 
 
 def check_master_weights(mode: str) -> None:
@@ -57,28 +60,54 @@ def resolve_master_weights(mode: MasterWeights, dtypes: set[torch.dtype]) -> Lit
     return mode
 
 
-def store_master(master: Tensor, live: Tensor, remainder: Tensor | None = None) -> None:
-    """Write ``master`` (float32) into ``live`` and, for bfloat16, ``remainder`` (int16), all of one shape, in place.
+def join_masters(master: Tensor, views: list[Tensor], lives: list[Tensor], remainder: Tensor) -> None:
+    """Fill flat masters from live weights and their remainders, in two passes over memory and two that check it.
 
-    Ties go away from zero for bfloat16, to even for float16.
+    A remainder that does not fit, because someone has set the weight to zero or infinity since, counts as 0: it would
+    make a NaN. Any other weight that was set anew keeps the old remainder, which is less than half of its last place.
+
+    Args:
+        master: float32, shape (n,), or any shape.
+        views: Views of it, one for each weight.
+        lives: The bfloat16 weights, of the shapes of ``views``.
+        remainder: int16, of the shape of ``master``.
     """
-    if live.dtype != torch.bfloat16:
-        live.copy_(master)
-    elif not (master.is_contiguous() and live.is_contiguous()):
-        _store(master, live, remainder)
-    else:
-        # In parts: rounding needs several times the memory of what it rounds.
-        remainders = [None] if remainder is None else torch.split(remainder.view(-1), _PART)
-        parts = zip(torch.split(master.view(-1), _PART), torch.split(live.view(-1), _PART), strict=True)
-        for (part, live_part), remainder_part in zip(parts, cycle(remainders), strict=False):
-            _store(part, live_part, remainder_part)
+    torch._foreach_copy_(views, lives)
+    for part, rest in zip(_parts(master), _parts(remainder), strict=True):
+        bits = part.view(torch.int32)
+        bits += rest
+        bits.addcmul_(rest, part.isnan(), value=-1)
 
 
-def _store(master: Tensor, live: Tensor, remainder: Tensor | None) -> None:
-    rounded, rest = split_master(master)
-    live.copy_(rounded)
-    if remainder is not None:
-        remainder.copy_(rest)
+def store_masters(master: Tensor, views: list[Tensor], lives: list[Tensor], remainder: Tensor | None = None) -> None:
+    """Round flat masters to live weights; ties go away from zero for bfloat16, to even for float16.
+
+    Args:
+        master: As in ``join_masters``. With a remainder, it may be changed.
+        views: Views of it, of those that are to be rounded.
+        lives: The weights, of the shapes of ``views``.
+        remainder: int16, of the shape of ``master``, to be filled with what rounding to bfloat16 takes and adds.
+    """
+    dtypes = {live.dtype for live in lives}
+    if len(dtypes) > 1:
+        for view, live in zip(views, lives, strict=True):
+            store_masters(view, [view], [live])
+        return
+    if torch.bfloat16 not in dtypes and remainder is None:
+        torch._foreach_copy_(lives, views)
+        return
+    # The conversion rounds ties to even. So they are made a little larger first; a NaN stays one.
+    rests = [None] if remainder is None else _parts(remainder)
+    ties = []
+    for part, rest in zip(_parts(master), cycle(rests), strict=False):
+        bits = part.view(torch.int32)
+        low = bits.to(torch.int16) if rest is None else rest.copy_(bits)
+        ties.append(low == _TIE)
+        bits += ties[-1]
+    torch._foreach_copy_(lives, views)
+    if remainder is None:
+        for part, tie in zip(_parts(master), ties, strict=True):
+            part.view(torch.int32).add_(tie, alpha=-1)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,25 +115,30 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
     ``join_master`` gives back every bit, signed zeros, subnormal numbers and infinities included; a NaN stays a NaN.
     """
-    bits = master.contiguous().view(torch.int32)
-    upper = bits + 0x8000
-    upper >>= 16  # arithmetic: the sign moves along
-    # Adding to a NaN could turn it into something else; its upper half, made a quiet NaN, is one already.
-    is_nan = master.isnan()
-    upper = torch.where(is_nan, (bits >> 16) | 0x40, upper)
-    remainder = (bits - (upper << 16)).masked_fill_(is_nan, 0).to(torch.int16)
-    return upper.to(torch.int16).view(torch.bfloat16), remainder
+    scratch = master.clone()
+    live, remainder = torch.empty_like(scratch, dtype=torch.bfloat16), torch.empty_like(scratch, dtype=torch.int16)
+    store_masters(scratch, [scratch], [live], remainder)
+    return live, remainder
 
 
 def join_master(live: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 weight and its int16 remainder.
+    """The float32 master of a bfloat16 weight and its int16 remainder, all of one shape; see ``join_masters``."""
+    master = torch.empty_like(live, dtype=torch.float32)
+    join_masters(master, [master], [live], remainder)
+    return master
 
-    A remainder that cannot be that of this weight, because someone has changed the weight since, counts as 0.
-    """
-    bits = live.contiguous().view(torch.int16).to(torch.int32)
-    bits <<= 16
-    bits += remainder
-    return _unless_changed(bits.view(torch.float32), live)
+
+def recheck_masters(master: Tensor, views: list[Tensor], lives: list[Tensor]) -> None:
+    """Set flat float32 masters anew, in place, where the live weights are not the rounded masters any more."""
+    if len({live.dtype for live in lives}) > 1:
+        for view, live in zip(views, lives, strict=True):
+            recheck_masters(view, [view], [live])
+    elif lives[0].dtype == torch.bfloat16:
+        # As with remainders, so that both come to the same.
+        join_masters(master, views, lives, master.view(torch.int32).to(torch.int16))
+    else:
+        for view, live in zip(views, lives, strict=True):
+            view.copy_(torch.where(view.to(live.dtype) == live, view, live.float()))
 
 
 def adopt_master(weight: Tensor, master: Tensor) -> int:
@@ -125,20 +159,8 @@ def adopt_master(weight: Tensor, master: Tensor) -> int:
     return int((~belongs).sum())
 
 
-def recheck_master(master: Tensor, live: Tensor) -> Tensor:
-    """Set ``master`` (float32) anew, in place, where the live weight is not the rounded master any more."""
-    return _unless_changed(master, live)
-
-
-def _unless_changed(master: Tensor, live: Tensor) -> Tensor:
-    if not (master.is_contiguous() and live.is_contiguous()):
-        parts = [(master, live)]
-    else:
-        parts = list(zip(torch.split(master.view(-1), _PART), torch.split(live.view(-1), _PART), strict=True))
-    for part, live_part in parts:
-        same = _rounded(part, live.dtype).view(torch.int16) == live_part.contiguous().view(torch.int16)
-        part.copy_(torch.where(same, part, live_part.float()))
-    return master
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, _PART) if tensor.dim() == 1 else (tensor,)
 
 
 def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:

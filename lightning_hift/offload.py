@@ -1,4 +1,4 @@
-"""Where the optimizer state of each parameter lives: on the device while its group is stepped, elsewhere otherwise.
+"""Where the optimizer state of each group lives: on the device while the group is stepped, elsewhere otherwise.
 
 Where host and device are the same memory (training on a CPU) tensors are handed over without being copied.
 """
@@ -7,43 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
+from lightning_hift.exposure import Exposure
+from lightning_hift.group_state import Contents, Flat, FlatKey, GroupState, Owner
 from lightning_hift.host_memory import HostMemory, can_page_lock
-from lightning_hift.state_tree import FlatState, State, count_bytes, flatten_state
-from lightning_hift.transfers import DeviceSlot, Transfers, slot_bytes
+from lightning_hift.master_weights import MASTER_KEYS
+from lightning_hift.state_tree import State
+from lightning_hift.transfers import Slot, Transfers
 
 Offload = Literal["host", "disk", "none"]
-Owner = nn.Parameter  # a parameter, or a slice of one
-
-
-@dataclass
-class _Place:
-    """A tensor's place on the host. ``moves`` is false for what stays there during the step, such as step counters."""
-
-    host: Tensor
-    moves: bool
-
-
-class _Kept(NamedTuple):
-    places: dict[tuple[Any, int], _Place]  # by the labels of FlatState
-    rebuild: Callable[[list[Tensor]], State]
-
-    def moving(self) -> list[Tensor]:
-        return [place.host for place in self.places.values() if place.moves]
-
-
-class _InFlight(NamedTuple):
-    """Device tensors that are being copied, with the event that ends it."""
-
-    states: dict[Owner, State]
-    event: Any
 
 
 class StateOffloader:
@@ -88,13 +65,38 @@ class StateOffloader:
         ):
             host_takes_part = offload == "disk" or (can_page_lock(self.device) and not pinned)
             self._transfers = Transfers(self.device, host_takes_part, device_module)
-        self._store: dict[Owner, _Kept] = {}
-        self._resident: dict[Owner, State] = {}  # on the device, newer than the store
-        self._incoming = _InFlight({}, None)  # on the device, equal to the store
-        self._outgoing = _InFlight({}, None)
-        self._always: frozenset[Owner] = frozenset()
-        self._in_slot: set[Owner] = set()
-        self._largest_turn = 0  # bytes of the largest set of owners that has come and gone
+        self._groups: list[GroupState] = []
+        self._group_of: dict[Owner, GroupState] = {}
+        self._in_slot: GroupState | None = None
+        self._leaving: list[tuple[Any, int]] = []  # ends of copies from memory that is freed then, and its bytes
+        self._left_slot: Any = None  # end of the last copy from the slot
+
+    def add(self, owners: Iterable[Owner], stays: bool = False) -> GroupState:
+        """Keep the state of ``owners``, which are stepped together, from now on.
+
+        Args:
+            owners: Parameters, or stand-ins for slices of them.
+            stays: Leave their state on the device.
+        """
+        group = GroupState(owners, stays or self.offload == "none")
+        self._groups.append(group)
+        self._group_of |= dict.fromkeys(group.owners, group)
+        return group
+
+    def reserve(self, sizes: Sequence[int], show: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Page-lock host memory before it is needed, which takes about a second for 3 GB.
+
+        Args:
+            sizes: Bytes of each group that will be kept there.
+            show: Gets to know the bytes that are done, and all of them.
+        """
+        if self._transfers is None or self.offload != "host" or not self._memory.is_page_locked:
+            return
+        for i, size in enumerate(sizes):
+            show(sum(sizes[:i]), sum(sizes))
+            self._memory.reserve(size)
+        show(sum(sizes), sum(sizes))
+        self._look_at_memory()
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
@@ -104,153 +106,148 @@ class StateOffloader:
 
         Where nothing is copied, it is what would be there.
         """
-        if self._transfers is None:
-            return sum(count_bytes(state) for state in (self._resident | self._incoming.states).values())
-        slot = self._transfers.slot
-        on_host = {
-            place.host.untyped_storage().data_ptr() for each in self._store.values() for place in each.places.values()
-        }
-        sizes = {} if slot is None else {slot.memory.data_ptr(): slot.nbytes}
-        for place in (self._resident, self._incoming.states, self._outgoing.states):
-            for tensor in (t for state in place.values() for t in flatten_state(state).tensors):
-                storage = tensor.untyped_storage()
-                if tensor.device.type == self.device.type and storage.data_ptr() not in on_host:
-                    sizes[storage.data_ptr()] = storage.nbytes()
-        return sum(sizes.values())
+        slot = 0 if self._transfers is None or self._transfers.slot is None else self._transfers.slot.nbytes
+        outside = [g for g in self._groups if g is not self._in_slot and (g.is_resident or g.arriving is not None)]
+        return slot + sum(group.contents.nbytes for group in outside) + sum(nbytes for _, nbytes in self._leaving)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of optimizer state that have a place in host memory, or on disk."""
-        return sum(
-            place.host.numel() * place.host.element_size()
-            for kept in self._store.values()
-            for place in kept.places.values()
-        )
+        if self._shares_memory:
+            return sum(group.contents.total_nbytes for group in self._groups if not group.is_new)
+        return sum(group.host_bytes for group in self._groups)
 
-    def end_step(self) -> None:
-        """What is waited for from now on belongs to the next step."""
+    def end_step(self, ends_sweep: bool = False) -> None:
+        """What is waited for from now on belongs to the next step, and perhaps to the next sweep."""
         if self._transfers is not None:
-            self._transfers.end_step()
+            self._transfers.exposure.end_step(ends_sweep)
 
     def exposed_ms(self) -> float:
-        """Milliseconds for which the last known step had to wait for state. Does not wait for the device."""
-        return 0.0 if self._transfers is None else self._transfers.exposed_ms()
+        """Milliseconds for which the device had to wait for copies in the last step for which that is known."""
+        return self.exposure.step_ms
+
+    @property
+    def exposure(self) -> Exposure:
+        """How long the device had to wait for copies, by step and sweep. Nobody waits to find out."""
+        return Exposure() if self._transfers is None else self._transfers.exposure.update()
 
     def state_of(self, owner: Owner) -> State:
         """Current state of ``owner`` without copying it. Call ``drain`` first."""
-        if owner in self._resident and owner not in self._in_slot:
-            return self._resident[owner]
-        kept = self._store.get(owner)
-        return {} if kept is None else kept.rebuild([place.host for place in kept.places.values()])
+        group = self._group_of.get(owner)
+        return {} if group is None else self._readable(group).states.get(owner, {})
 
     # --- the course of a step -----------------------------------------------------------------------------------------
 
-    def put(self, states: Mapping[Owner, State], stays_on_host: Collection[Any] = ()) -> None:
+    def put(self, states: Mapping[Owner, State], stays_on_host: Mapping[Owner, Collection[Any]] | None = None) -> None:
         """Take over ``states`` (from a checkpoint or an optimizer's constructor) by copying them to the host.
+
+        They replace what their owners have had. Other owners keep their state.
 
         Args:
             states: For each owner, tensors and plain values, nested or not, on any device. Dtypes are kept.
-            stays_on_host: Keys of tensors that are never moved to the device.
+            stays_on_host: For each owner, keys of tensors that are never moved to the device.
 
         Raises:
             OSError: The disk is full.
         """
-        if self._transfers is not None:
-            self._transfers.finish()
-        flat = {owner: flatten_state(state) for owner, state in states.items()}
-        kept = self._make_places(flat, arriving=True, stays_on_host=stays_on_host)
-        for owner, (tensors, labels, _) in flat.items():
-            for label, tensor in zip(labels, tensors, strict=True):
-                place = kept[owner].places[label]
-                if place.host.data_ptr() != tensor.data_ptr():
-                    place.host.copy_(tensor)
-                    place.moves = label[0] not in stays_on_host
-            self._resident.pop(owner, None)
-            self._in_slot.discard(owner)
-        self._store |= kept
-
-    def forget(self, keep: Collection[Owner]) -> None:
-        """Forget what is on the device, and all state but that of ``keep``, whose places may be used again."""
         self.drain()
-        self._drop_incoming()
-        self._resident.clear()
-        self._in_slot.clear()
-        self._store = {owner: kept for owner, kept in self._store.items() if owner in keep}
+        stays = stays_on_host or {}
+        for group in dict.fromkeys(self._group_of[owner] for owner in states):
+            before = group.contents.on_host
+            contents = Contents(
+                {**self._readable(group).states, **{o: states[o] for o in group.owners if o in states}},
+                lambda k, _: k.key in stays.get(k.owner, ()) if k.owner in states else k in before,  # noqa: B023
+            )
+            flats = group.lay_out(contents)
+            self._allocate(flats)
+            self._leave(group)
+            views = {label: view for flat in flats.values() for label, view in flat.views(flat.host).items()}
+            # What stays lies apart, so that it does not keep the memory of all the rest.
+            views |= {label: torch.empty_like(tensor, device="cpu") for label, tensor in contents.on_host.items()}
+            for label, view in views.items():
+                if view.data_ptr() != contents.tensors[label].data_ptr():
+                    view.copy_(contents.tensors[label])
+            group.change(contents.moved(views), flats)
 
-    def drop(self, owners: Collection[Owner], keep: Collection[Any] = ()) -> None:
-        """Forget the state of ``owners``, on the host and on the device, but for what is under the keys ``keep``."""
-        if not self._incoming.states.keys().isdisjoint(owners):
-            self._drop_incoming()
-        self._finish_copies_of(owners)
-        for owner in owners:
-            if owner in self._store:
-                kept = _without(self._store[owner], keep)
-                self._store |= {owner: kept} if kept.places else {}
-                if not kept.places:
-                    del self._store[owner]
-            if owner in self._resident:
-                self._resident[owner] = {key: v for key, v in self._resident[owner].items() if key in keep}
-                if not self._resident[owner]:
-                    del self._resident[owner]
-                    self._in_slot.discard(owner)
+    def drop(self, group: GroupState) -> None:
+        """Forget the optimizer's own state of ``group``, but not its masters."""
+        if group.arriving is not None:
+            self._leave(group)
+        before = group.contents
+        self._before_freeing(flat for (is_master, _), flat in group.flats.items() if not is_master)
+        masters = {o: {k: v for k, v in state.items() if k in MASTER_KEYS} for o, state in before.states.items()}
+        flats = {key: flat for key, flat in group.flats.items() if key[0]}
+        group.change(Contents(masters, lambda label, _: label in before.on_host), flats)
 
     def clear(self) -> None:
-        """Forget all state."""
-        self.forget(keep=())
+        """Forget all state, and whose it was."""
+        self.drain()
+        for group in self._groups:
+            self._leave(group)
+        self._groups, self._group_of = [], {}
 
-    def hold(self, owners: Iterable[Owner], always: Iterable[Owner] = ()) -> None:
-        """Make ``owners`` those whose state is on the device: release what leaves, fetch what arrives.
+    def hold(self, group: GroupState | None) -> None:
+        """Make ``group`` the one whose state is on the device, beside what stays: release others, and fetch it.
 
         Args:
-            owners: What will be stepped next.
-            always: What is to stay on the device from now on.
+            group: What will be stepped next; ``None``: nothing.
 
         Raises:
             OSError: The disk is full. The state that should have gone there still is on the device.
         """
-        self._always = frozenset(always)
-        staying = [*owners, *self._always]
-        if self.offload != "none":
-            self._release([owner for owner in self._resident if owner not in set(staying)])
-        if not set(staying).issuperset(self._incoming.states):
-            self._drop_incoming()
+        staying = [each for each in self._groups if each is group or each.stays]
+        going = [each for each in self._groups if each not in staying]
+        self._release([each for each in going if each.is_resident])
+        for each in going:
+            if each.arriving is not None:
+                self._leave(each)
+        if self._transfers is None:
+            return
         if not self.prefetch:
             self._settle()
-            if self._transfers is not None and not self._in_slot:
+            if self._in_slot is None:
                 self._transfers.slot = None
             return
-        arriving = [] if self._incoming.states else self._missing(staying)
-        # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
-        if arriving and not (self._outgoing.states and self._must_grow(arriving)):
-            self._fetch(arriving)
+        for each in staying:
+            # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
+            if self._is_away(each) and not (self._leaving and self._must_grow(each)):
+                self._fetch(each)
 
-    def take(self, owners: Iterable[Owner]) -> dict[Owner, State]:
-        """States of ``owners`` on the device, ready for the step. Owners without state yet are left out."""
-        owners = list(owners)
-        measured = nullcontext() if self._transfers is None else self._transfers.measure_exposed()
-        with record_function("HiFT::wait_for_state"), measured:
+    def take(self, groups: Iterable[GroupState]) -> dict[Owner, State]:
+        """States of ``groups`` on the device, ready for the step. Owners without state yet are left out."""
+        taken: dict[Owner, State] = {}
+        with record_function("HiFT::wait_for_state"):
             self._settle()  # the step may need the memory for state that it makes
-            self._receive()
-            if late := self._missing(owners):
-                self._fetch(late)
-                self._receive()
-        return {owner: self._resident[owner] for owner in owners if owner in self._resident}
+            for group in groups:
+                if self._is_away(group):
+                    self._fetch(group)
+                self._wait(group.arriving)
+                group.arriving, group.is_resident = None, True
+                if group.stays and self._transfers is not None and group.host_bytes:
+                    self._transfers.finish()  # once after state was loaded: the host has had it for the way only
+                    group.leave_host()
+                taken |= group.contents.states
+        return taken
 
-    def give(self, states: Mapping[Owner, State]) -> None:
+    def give(self, group: GroupState, states: Mapping[Owner, State]) -> None:
         """Take back the states that the step has changed. They stay on the device until ``hold`` lets them go."""
-        self._resident |= states
+        group.is_resident = True
+        if not group.contents.is_same(states):
+            group.change(Contents(states, lambda _, tensor: tensor.device.type != self.device.type))
 
     def release_all(self) -> None:
         """Bring everything to the host and free the device, whatever ``offload`` says.
 
         What a full disk does not take goes to host memory.
         """
-        self._drop_incoming()
+        for group in self._groups:
+            if group.arriving is not None:
+                self._leave(group)
         try:
-            self._release(list(self._resident))
+            self._release([group for group in self._groups if group.is_resident])
         except OSError:
             self._memory = HostMemory()
-            self._release(list(self._resident))
+            self._release([group for group in self._groups if group.is_resident])
         self.drain()
         if self._transfers is not None:
             self._transfers.slot = None
@@ -258,9 +255,8 @@ class StateOffloader:
     def drain(self) -> None:
         """Block the host until it may read all state; what lies in the slot is copied to the host, too."""
         if self._transfers is not None:
-            here = [owner for owner in self._in_slot if owner in self._resident]
-            if here:
-                self._save(here)
+            if self._in_slot is not None and self._in_slot.is_resident:
+                self._save(self._in_slot)
             self._transfers.finish()
         self._settle()
 
@@ -270,168 +266,133 @@ class StateOffloader:
 
     # --- moves --------------------------------------------------------------------------------------------------------
 
-    def _missing(self, owners: Iterable[Owner]) -> list[Owner]:
-        return [o for o in owners if o in self._store and o not in self._resident and o not in self._incoming.states]
+    @property
+    def _shares_memory(self) -> bool:
+        """Whether state never moves."""
+        return self._transfers is None and self.offload != "disk"
 
-    def _fetch(self, owners: list[Owner]) -> None:
+    def _readable(self, group: GroupState) -> Contents:
+        """Contents that nothing else will overwrite."""
+        in_slot = group is self._in_slot or group.arriving is not None
+        return group.viewed(on_device=False) if in_slot else group.contents
+
+    def _is_away(self, group: GroupState) -> bool:
+        return self._transfers is not None and not group.is_resident and group.arriving is None and bool(group.flats)
+
+    def _fetch(self, group: GroupState) -> None:
+        assert self._transfers is not None
         with record_function("HiFT::fetch"):
-            kept = {owner: self._store[owner] for owner in owners}
-            if self._transfers is None:
-                hosts = {owner: [place.host for place in each.places.values()] for owner, each in kept.items()}
-                self._incoming = _InFlight({owner: each.rebuild(hosts[owner]) for owner, each in kept.items()}, None)
-                return
             # Allocated on the compute stream: there the memory is used and freed.
-            device = self._device_memory(kept, self._transfers)
-            states = {}
-            for owner, each in kept.items():
-                arriving = iter(device[owner])
-                states[owner] = each.rebuild([next(arriving) if p.moves else p.host for p in each.places.values()])
-            pairs = [pair for o, each in kept.items() for pair in zip(each.moving(), device[o], strict=True)]
-            written = self._outgoing.event if not self._outgoing.states.keys().isdisjoint(owners) else None
-            self._incoming = _InFlight(states, self._transfers.load(pairs, after=written))
+            self._find_memory(group, self._transfers)
+            pairs = [(flat.host, flat.device) for flat in group.flats.values() if flat.numel]
+            group.arriving = self._transfers.load(cast(Any, pairs), after=group.saved)
+            group.contents = group.viewed(on_device=True)
+            group.is_resident = group.arriving is None
 
-    def _device_memory(self, kept: Mapping[Owner, _Kept], transfers: Transfers) -> dict[Owner, list[Tensor]]:
-        """Device memory for what moves: in the slot for what comes and goes, outside it for what stays."""
-        passing = self._passing(kept)
-        like = [tensor for owner in passing for tensor in kept[owner].moving()]
-        if transfers.slot is None or self._in_slot or self._must_grow(passing):
-            transfers.slot = None
-            self._largest_turn = max(self._largest_turn, slot_bytes(like))
-            transfers.slot = DeviceSlot(self._largest_turn, self.device)
-        self._in_slot = set(passing)
-        cut = iter(transfers.slot.cut(like))
-        return {
-            owner: [
-                next(cut) if owner in self._in_slot else torch.empty_like(t, device=self.device) for t in each.moving()
-            ]
-            for owner, each in kept.items()
-        }
-
-    def _passing(self, owners: Iterable[Owner]) -> list[Owner]:
-        """Those that come and go."""
-        return [owner for owner in owners if self.offload != "none" and owner not in self._always]
-
-    def _must_grow(self, owners: Iterable[Owner]) -> bool:
-        wanted = slot_bytes(tensor for owner in self._passing(owners) for tensor in self._store[owner].moving())
-        slot = None if self._transfers is None else self._transfers.slot
-        return self._transfers is not None and (slot is None or slot.nbytes < wanted)
-
-    def _receive(self) -> None:
-        """Make what was fetched part of what is on the device."""
-        self._wait(self._incoming.event)
-        self._resident |= self._incoming.states
-        if self.offload == "none":  # the host has had them for the way only
-            self._finish_copies_of(self._incoming.states)
-            for owner in self._incoming.states:
-                del self._store[owner]
-        self._incoming = _InFlight({}, None)
-
-    def _drop_incoming(self) -> None:
-        self._wait(self._incoming.event)
-        self._in_slot -= self._incoming.states.keys()
-        self._incoming = _InFlight({}, None)
-
-    def _release(self, owners: Sequence[Owner]) -> None:
-        if not owners:
+    def _find_memory(self, group: GroupState, transfers: Transfers) -> None:
+        """In the slot for what comes and goes, outside it for what stays, or has not all of its state yet."""
+        if not self._goes_to_slot(group):
+            for flat in group.flats.values():
+                flat.device = torch.empty(flat.numel, dtype=flat.dtype, device=self.device)
             return
-        with record_function("HiFT::release"):
-            self._settle()
-            event = self._save(owners)
-            passing = [tensor for owner in self._passing(owners) for tensor in self._store[owner].moving()]
-            self._largest_turn = max(self._largest_turn, slot_bytes(passing))
-            self._in_slot.difference_update(owners)
-            self._outgoing = _InFlight({owner: self._resident.pop(owner) for owner in owners}, event)
+        if transfers.slot is None or self._must_grow(group):
+            self._wait(self._left_slot)
+            transfers.slot = None
+            nbytes = max(each.nbytes for each in self._groups if not each.stays)
+            transfers.slot = Slot(nbytes, self.device)
+        self._in_slot = group
+        for flat, memory in zip(group.flats.values(), transfers.slot.cut(group.flats.values()), strict=True):
+            flat.device = memory
 
-    def _save(self, owners: Sequence[Owner]) -> Any:
-        """Copy state from the device to its places on the host. Returns the event that ends it."""
-        flat = {owner: flatten_state(self._resident[owner]) for owner in owners}
-        kept = self._make_places(flat)
-        self._store |= kept
-        if self._transfers is None:
-            return None
-        both = [both for o in owners for both in zip(flat[o].tensors, kept[o].places.values(), strict=True)]
-        return self._transfers.save([(t, place.host) for t, place in both if place.moves])
+    def _goes_to_slot(self, group: GroupState) -> bool:
+        has_all = group.was_released or not all(is_master for is_master, _ in group.flats)
+        return not group.stays and has_all and self._in_slot in (None, group)
+
+    def _must_grow(self, group: GroupState) -> bool:
+        slot = None if self._transfers is None else self._transfers.slot
+        return self._goes_to_slot(group) and (slot is None or slot.nbytes < group.nbytes)
+
+    def _release(self, groups: Iterable[GroupState]) -> None:
+        for group in groups:
+            with record_function("HiFT::release"):
+                if not self._shares_memory:
+                    self._save(group)
+                    if not self.prefetch or self._is_outside(group):
+                        self._leaving.append((group.saved, 0 if group is self._in_slot else group.contents.nbytes))
+                    if self._in_slot is group:
+                        self._left_slot = group.saved
+                    self._leave(group)
+                group.is_resident, group.was_released = False, True
+
+    def _is_outside(self, group: GroupState) -> bool:
+        """Whether some of it lies outside the slot."""
+        slot = None if self._transfers is None else self._transfers.slot
+        moving = [t for label, t in group.contents.tensors.items() if label not in group.contents.on_host]
+        return slot is None or any(slot.range_of(tensor) is None for tensor in moving)
+
+    def _leave(self, group: GroupState) -> None:
+        """Let go of what ``group`` has on the device; the host has it, too."""
+        if self._shares_memory:
+            return
+        self._wait(group.arriving)
+        group.arriving, group.is_resident = None, False
+        if group.flats:
+            group.contents = group.viewed(on_device=False)
+        for flat in group.flats.values():
+            flat.device = flat.host if self._transfers is None else None
+        if self._in_slot is group:
+            self._in_slot = None
+
+    def _save(self, group: GroupState) -> None:
+        """Copy state from the device to its places on the host."""
+        if not group.is_laid_out or any(flat.host is None for flat in group.flats.values()):
+            flats = group.lay_out(group.contents)
+            self._allocate(flats)
+            self._before_freeing(flat for flat in group.flats.values() if flat not in flats.values())
+            group.change(group.contents, flats)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for flat in group.flats.values():
+            if flat.holds(group.contents.tensors):
+                pairs.append((cast(Tensor, flat.device), cast(Tensor, flat.host)))
+            else:
+                pairs += [(group.contents.tensors[label], view) for label, view in flat.views(flat.host).items()]
+        pairs = [(source, target) for source, target in pairs if source.data_ptr() != target.data_ptr()]
+        if self._transfers is not None:
+            group.saved = self._transfers.save(pairs)
+        else:
+            for source, target in pairs:
+                target.copy_(source)
+
+    def _before_freeing(self, flats: Iterable[Flat]) -> None:
+        """Let the host wait before it frees memory of its own that may still be copied."""
+        if self._transfers is not None and any(flat.host is not None for flat in flats):
+            self._transfers.finish()
 
     def _settle(self) -> None:
-        """Let go of the device tensors of the last release."""
-        self._wait(self._outgoing.event)
-        self._outgoing = _InFlight({}, None)
-
-    def _finish_copies_of(self, owners: Iterable[Owner]) -> None:
-        """Let the host wait before it frees what ``owners`` have on the host."""
-        if self._transfers is not None and not self._store.keys().isdisjoint(owners):
-            self._transfers.finish()
+        """Let go of what has left from outside the slot."""
+        for event, _ in self._leaving:
+            self._wait(event)
+        self._leaving = []
 
     def _wait(self, event: Any) -> None:
         if self._transfers is not None:
             self._transfers.wait(event)
 
-    # --- places on the host -------------------------------------------------------------------------------------------
+    def _allocate(self, flats: Mapping[FlatKey, Flat]) -> None:
+        """Host memory for those that have none. If the disk is full, nothing has changed."""
+        for flat in flats.values():
+            if flat.host is None and self._transfers is None and self.device.type != "cpu":
+                flat.host = torch.empty(flat.numel, dtype=flat.dtype, device=self.device)
+            elif flat.host is None:
+                (flat.host,) = self._memory.allocate([torch.empty(flat.numel, dtype=flat.dtype, device="meta")])
+            if self._transfers is None:
+                flat.device = flat.host
+        self._look_at_memory()
 
-    def _make_places(
-        self, flat: Mapping[Owner, FlatState], arriving: bool = False, stays_on_host: Collection[Any] = ()
-    ) -> dict[Owner, _Kept]:
-        """A place for each tensor, the one it had before where that fits. Changes nothing if the disk is full.
-
-        Args:
-            flat: State that is on the device, or comes from elsewhere.
-            arriving: It comes from elsewhere, and will be copied.
-            stays_on_host: See ``put``. It lies apart, so that it does not keep the memory of all the rest.
-        """
-        found: dict[Owner, dict[tuple[Any, int], _Place | None]] = {}
-        homeless: list[tuple[Owner, tuple[Any, int], Tensor]] = []
-        for owner, each in flat.items():
-            before = self._store[owner].places if owner in self._store else {}
-            found[owner] = {}
-            for label, tensor in zip(each.labels, each.tensors, strict=True):
-                place = self._place_of(tensor, before.get(label), arriving)
-                if place is None:
-                    homeless.append((owner, label, tensor))
-                found[owner][label] = place
-        for moves in (True, False):
-            alike = [each for each in homeless if (each[1][0] not in stays_on_host) == moves]
-            tensors = [tensor for *_, tensor in alike]
-            new = self._host_like(tensors) if moves else [torch.empty_like(t, device="cpu") for t in tensors]
-            for (owner, label, _), host in zip(alike, new, strict=True):
-                found[owner][label] = _Place(host, moves)
-        kept = {
-            owner: _Kept({label: place for label, place in found[owner].items() if place is not None}, each.rebuild)
-            for owner, each in flat.items()
-        }
-        if self._transfers is None:
-            for owner, each in flat.items():
-                for tensor, place in zip(each.tensors, kept[owner].places.values(), strict=True):
-                    if place.host.data_ptr() != tensor.data_ptr():
-                        place.host.copy_(tensor)
-        return kept
-
-    def _place_of(self, tensor: Tensor, old: _Place | None, arriving: bool) -> _Place | None:
-        """A place that needs no new memory; ``None`` if there is none."""
-        fits = old is not None and old.host.shape == tensor.shape and old.host.dtype == tensor.dtype
-        if old is not None and fits and old.host.device == tensor.device and old.host.data_ptr() == tensor.data_ptr():
-            return old
-        if arriving:
-            return old if fits else None
-        if self._transfers is None:
-            return (old if fits else None) if self.offload == "disk" else _Place(tensor, moves=True)
-        if tensor.device.type != self.device.type:
-            return _Place(tensor, moves=False)
-        return old if fits and old is not None and old.moves else None
-
-    def _host_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Host memory with the shapes and dtypes of ``tensors``, and their strides where those leave no gaps."""
-        if self._transfers is None and self.device.type != "cpu":
-            return [torch.empty_like(tensor, device=self.device) for tensor in tensors]
-        flats = self._memory.allocate(tensors)
-        strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]
-        return [f.as_strided(t.shape, stride) for f, t, stride in zip(flats, tensors, strides, strict=True)]
-
-
-def _without(kept: _Kept, keep: Collection[Any]) -> _Kept:
-    """What is under the keys ``keep``."""
-    state = kept.rebuild([place.host for place in kept.places.values()])
-    places = {label: place for label, place in kept.places.items() if label[0] in keep}
-    return _Kept(places, flatten_state({key: value for key, value in state.items() if key in keep}).rebuild)
+    def _look_at_memory(self) -> None:
+        """Page-locking may have been refused."""
+        if self._transfers is not None and can_page_lock(self.device) and not self._memory.is_page_locked:
+            self._transfers.copy_in_thread()
 
 
 def check_offload(offload: str, directory: str | os.PathLike[str] | None = None) -> None:

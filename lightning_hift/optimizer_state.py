@@ -14,14 +14,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hift.fingerprint import cast_state
-from lightning_hift.lending import Lender
+from lightning_hift.master_weights import (
+    HALF_DTYPES,
+    MASTER,
+    MASTER_KEYS,
+    REMAINDER,
+    adopt_master,
+    join_master,
+    split_master,
+    store_masters,
+)
 from lightning_hift.offload import StateOffloader
 from lightning_hift.optimizer_twin import bare_twin, twin_of
-from lightning_hift.row_slices import Piece, split_state
-from lightning_hift.sharded_tensors import as_sharded, local_part
+from lightning_hift.row_slices import Piece, join_states, split_state
+from lightning_hift.sharded_tensors import as_sharded, is_sharded, local_part
 from lightning_hift.state_gathering import gather_states
 from lightning_hift.state_partition import UndividedState
 from lightning_hift.state_tree import State
+from lightning_hift.step_view import StepView, Turn
 
 
 class Collected(NamedTuple):
@@ -72,33 +82,31 @@ class OptimizerState:
 
     Args:
         optimizer: Whose state.
-        lender: Keeps the masters.
-        offloader: Keeps the state.
-        groups: The pieces of each layer group, whose state is kept side by side.
-        partition: Which of them are kept in this process.
+        view: What the optimizer sees of it.
+        offloader: Keeps it.
+        turns: What is stepped together, whose state is kept side by side.
+        partition: Which of it is kept in this process.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        lender: Lender,
+        view: StepView,
         offloader: StateOffloader,
-        groups: Iterable[Sequence[Piece]],
+        turns: Iterable[Turn],
         partition: UndividedState,
     ) -> None:
         self._optimizer = optimizer
-        self._lender = lender
+        self._view = view
         self._offloader = offloader
         self._pieces: dict[nn.Parameter, list[Piece]] = {}
-        self._group_of: dict[nn.Parameter, int] = {}
-        self._groups = [list(pieces) for pieces in groups]
         self._partition = partition
         self._of_others: dict[nn.Parameter, State] = {}  # by handle, while they are gathered here
         self._starts_empty: bool | None = None
-        for index, pieces in enumerate(self._groups):
-            for piece in pieces:
-                self._pieces.setdefault(piece.parameter, []).append(piece)
-                self._group_of[piece.parameter] = index
+        self._turns = [turn.pieces for turn in turns]
+        for piece in (piece for pieces in self._turns for piece in pieces):
+            self._pieces.setdefault(piece.parameter, []).append(piece)
+        offloader.add(p for p in parameters_of(optimizer) if p not in self._pieces)  # what never trains may have state
 
     def adopt(self) -> None:
         """Take state that exists already, from the optimizer's constructor or an earlier run, out of the optimizer.
@@ -109,7 +117,7 @@ class OptimizerState:
         state = self._optimizer.state
         existing = {p: state.pop(p) for p in parameters_of(self._optimizer) if p in state}
         states = {
-            piece.handle: split_state(cast_state(values, str(p.dtype), self._lender.dtype_of(p)), piece)
+            piece.handle: split_state(cast_state(values, str(p.dtype), self.dtype_of(p)), piece)
             for p, values in existing.items()
             for piece in self._pieces_of(p)
             if self._partition.owns(piece)
@@ -128,19 +136,19 @@ class OptimizerState:
     def masters(self) -> dict[nn.Parameter, Tensor | None]:
         """Masters or remainders by parameter, as they are saved."""
         self._offloader.drain()
-        return {p: self._lender.saved_master(pieces) for p, pieces in self._pieces.items()}
+        return {p: self._saved_master(pieces) for p, pieces in self._pieces.items()}
 
     def collect(self) -> Collected:
         """All state that is here as a whole, without copying what is in one piece and on the host."""
         self._offloader.drain()
         owned = dict(enumerate(parameters_of(self._optimizer)))
         here = {i: pieces for i, p in owned.items() if all(map(self._is_here, pieces := self._pieces_of(p)))}
-        state = {i: self._lender.state_of(pieces, self._kept) for i, pieces in here.items()}
-        masters = {i: self._lender.saved_master(pieces, self._kept) for i, pieces in here.items()}
+        state = {i: self._state_of(pieces, self._kept) for i, pieces in here.items()}
+        masters = {i: self._saved_master(pieces, self._kept) for i, pieces in here.items()}
         return Collected(
             {i: values for i, values in state.items() if values},
             {i: master for i, master in masters.items() if master is not None},
-            [str(self._lender.dtype_of(p)) for p in owned.values()],
+            [str(self.dtype_of(p)) for p in owned.values()],
         )
 
     def gather(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None) -> None:
@@ -148,7 +156,7 @@ class OptimizerState:
         if self._partition.world_size == 1:
             return
         self._offloader.drain()
-        pieces = [piece for group_of_pieces in self._groups for piece in group_of_pieces]
+        pieces = [piece for turn in self._turns for piece in turn]
         self._of_others = gather_states(pieces, self._partition, self._offloader.state_of, directory, group)
 
     def forget_others(self) -> None:
@@ -172,10 +180,10 @@ class OptimizerState:
         total_edited = 0
         ids = [saved_id for group in saved["param_groups"] for saved_id in group["params"]]
         for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
-            state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._lender.dtype_of(p))
+            state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self.dtype_of(p))
             for piece in self._pieces_of(p):
                 # In every process, as it may set the weights.
-                master, num_edited = self._lender.restored_master(piece, masters.get(i))
+                master, num_edited = self._restored_master(piece, masters.get(i))
                 total_edited += num_edited
                 if self._partition.owns(piece):
                     kept[piece.handle] = split_state(state, piece) | master
@@ -185,15 +193,14 @@ class OptimizerState:
                 " were changed since it was saved, or are still to be loaded; they train on from what they are.",
                 stacklevel=2,
             )
-        self._lender.cancel()
-        self._offloader.forget(keep={handle for handle, values in kept.items() if values})
+        self._view.cancel()
         self._put(kept, saved["param_groups"])
         return rest
 
-    def reset(self, index: int) -> None:
-        """Give the layer group ``index`` the state that a new optimizer would have. Masters stay."""
-        pieces = self._groups[index]
-        self._lender.forget(pieces, index)
+    def reset(self, turn: Turn) -> None:
+        """Give a turn the state that a new optimizer would have, as if there had been no step. Masters stay."""
+        self._offloader.drop(turn.state)
+        self._view.options.forget(turn.owner)
         if self._starts_empty is None:
             self._starts_empty = not any(
                 twin_of(self._optimizer, options, [nn.Parameter(torch.zeros(1))]).state
@@ -205,8 +212,8 @@ class OptimizerState:
         new: dict[nn.Parameter, State] = {}
         for options in self._optimizer.param_groups:
             owned = set(options["params"])
-            for piece in [piece for piece in pieces if piece.parameter in owned and self._partition.owns(piece)]:
-                stepped = piece.rows_of(piece.parameter.detach()).to(self._lender.dtype_of(piece.parameter))
+            for piece in [piece for piece in turn.own if piece.parameter in owned]:
+                stepped = piece.rows_of(piece.parameter.detach()).to(self.dtype_of(piece.parameter))
                 alone = nn.Parameter(stepped)
                 state = twin_of(self._optimizer, options, [alone]).state.get(alone, {})
                 new[piece.handle] = {**self._offloader.state_of(piece.handle), **state}
@@ -221,7 +228,7 @@ class OptimizerState:
         twin = bare_twin(self._optimizer)
         for group in twin.param_groups:
             group["params"] = [
-                nn.Parameter(torch.empty((), dtype=self._lender.dtype_of(p)).expand(p.shape), requires_grad=False)
+                nn.Parameter(torch.empty((), dtype=self.dtype_of(p)).expand(p.shape), requires_grad=False)
                 for p in group["params"]
             ]
         twin.load_state_dict(dict(state_dict))
@@ -236,7 +243,7 @@ class OptimizerState:
         Args:
             to_device: To be stepped: where the weights are, and in their dtype. Otherwise as it is.
         """
-        if to_device and self._lender.master_weights != "none":
+        if to_device and self._view.master_weights != "none":
             warnings.warn(
                 "The optimizer is stepped after HiFT was closed: from now on each update is rounded to 16 bits, and the"
                 " master weights are dropped. Attach HiFT again to go on with them.",
@@ -246,9 +253,9 @@ class OptimizerState:
         self._optimizer.state = defaultdict(dict, self._optimizer.state)
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                if state := self._lender.state_of(self._pieces_of(p)):
+                if state := self._state_of(self._pieces_of(p)):
                     if to_device:
-                        state = cast_state(state, str(self._lender.dtype_of(p)), p.dtype)
+                        state = cast_state(state, str(self.dtype_of(p)), p.dtype)
                         stays = _keys_on_host(group)
                         moves = [k for k, v in state.items() if isinstance(v, Tensor) and k not in stays]
                         state |= {k: as_sharded(local_part(state[k], p).to(p.device), p) for k in moves}
@@ -256,10 +263,10 @@ class OptimizerState:
         self._offloader.clear()
 
     def _look_up(self, p: nn.Parameter) -> State | None:
-        if self._lender.is_lent:
+        if self._view.is_shown:
             return None
         self._offloader.drain()
-        return self._lender.state_of(self._pieces_of(p))
+        return self._state_of(self._pieces_of(p))
 
     def _kept(self, handle: nn.Parameter) -> State:
         return self._of_others[handle] if handle in self._of_others else self._offloader.state_of(handle)
@@ -271,16 +278,101 @@ class OptimizerState:
         return self._pieces.get(p) or [Piece(p, p)]
 
     def _put(self, states: Mapping[nn.Parameter, State], options: Sequence[Mapping[str, Any]]) -> None:
-        """Keep ``states``, those of one layer group side by side. ``options``: the param_groups that they come from."""
-        together: dict[Any, dict[nn.Parameter, State]] = {}
+        """Keep ``states``, by handle. ``options``: the param_groups that they come from."""
+        stays: dict[nn.Parameter, tuple[str, ...]] = {}
         for group, saved in zip(self._optimizer.param_groups, options, strict=True):
-            for p in group["params"]:
-                for piece in self._pieces_of(p):
-                    if values := states.get(piece.handle):
-                        place = (self._group_of.get(p), _keys_on_host(saved))
-                        together.setdefault(place, {})[piece.handle] = values
-        for (_, stays), values in together.items():
-            self._offloader.put(values, stays)
+            keys = _keys_on_host(saved)
+            stays |= {piece.handle: keys for p in group["params"] for piece in self._pieces_of(p)}
+        self._offloader.put({handle: state for handle, state in states.items() if handle in stays}, stays)
+
+    # --- master weights -----------------------------------------------------------------------------------------------
+
+    def make_masters(
+        self, dtype: torch.dtype | None = None, known: Mapping[nn.Parameter, Tensor | None] | None = None
+    ) -> None:
+        """Keep masters of all weights in 16 bits, from their present values.
+
+        Args:
+            dtype: Round the weights to this dtype now; default: they stay as they are.
+            known: Masters or remainders that exist already, by parameter, as they are saved.
+        """
+        if self._view.master_weights == "none":
+            return
+        # Turn by turn, or there would be all masters twice for a while.
+        for pieces in self._turns:
+            self._make_masters([p for p in pieces if p.parameter.is_floating_point()], dtype, known or {})
+        for p in self._pieces:
+            if dtype is not None and p.dtype != dtype and p.is_floating_point() and dtype in HALF_DTYPES:
+                weight = local_part(p.detach(), p)
+                live = torch.empty_like(weight, dtype=dtype)
+                master = weight.float()
+                store_masters(master, [master], [live])
+                if is_sharded(p):
+                    weight.copy_(live)  # which needs no more rounding when the module is converted as a whole
+                else:
+                    p.data = live
+
+    def _make_masters(
+        self, pieces: Sequence[Piece], dtype: torch.dtype | None, known: Mapping[nn.Parameter, Tensor | None]
+    ) -> None:
+        states: dict[nn.Parameter, State] = {}
+        for piece in pieces:
+            p = piece.parameter
+            if (dtype or p.dtype) in HALF_DTYPES and self._partition.owns(piece):
+                saved = known.get(p) if p.dtype in HALF_DTYPES else None
+                if saved is None:
+                    master = self._packed(piece.rows_of(p.detach()).float())
+                else:
+                    master, _ = self._restored_master(piece, saved)
+                states[piece.handle] = {**self._offloader.state_of(piece.handle), **master}
+        self._offloader.put(states)
+
+    def dtype_of(self, p: nn.Parameter) -> torch.dtype:
+        """The dtype in which ``p`` is stepped."""
+        return torch.float32 if self._view.master_weights != "none" and p.dtype in HALF_DTYPES else p.dtype
+
+    def _saved_master(
+        self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None
+    ) -> Tensor | None:
+        """What a checkpoint keeps of the master of the parameter of ``pieces``; ``drain`` the offloader first.
+
+        Args:
+            pieces: All pieces of a parameter.
+            kept: What is kept of each, by its handle; default: what the offloader has.
+        """
+        kept = kept or self._offloader.state_of
+        states = [{k: v for k, v in kept(piece.handle).items() if k in MASTER_KEYS} for piece in pieces]
+        return next(iter(join_states(states, pieces).values()), None)
+
+    def _state_of(self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None) -> State:
+        """The optimizer's own state of the parameter of ``pieces``; see ``_saved_master``."""
+        states = [(kept or self._offloader.state_of)(piece.handle) for piece in pieces]
+        return join_states([{k: v for k, v in state.items() if k not in MASTER_KEYS} for state in states], pieces)
+
+    def _restored_master(self, piece: Piece, saved: Tensor | None) -> tuple[State, int]:
+        """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
+
+        And how many of its weights are not those of that master.
+
+        In a precision that is not the checkpoint's, its weights are rounded anew from their masters. For that they must
+        have been loaded already; in the same precision, by the next step at the latest.
+        """
+        p = piece.parameter
+        weight = piece.rows_of(p.detach())
+        keeps_masters = self._view.master_weights != "none" and p.dtype in HALF_DTYPES
+        if saved is None:
+            return (self._packed(weight.float()) if keeps_masters else {}), 0
+        saved = piece.rows_of(saved)
+        if saved.dtype == torch.int16:
+            if keeps_masters and p.dtype == torch.bfloat16:
+                return {REMAINDER: saved}, 0  # until the first step: its weights may still have to be loaded
+            saved = join_master(weight.cpu().bfloat16(), saved)
+        adopts = keeps_masters or p.dtype == torch.float32
+        num_edited = adopt_master(weight, saved) if adopts else 0
+        return (self._packed(saved) if keeps_masters else {}), num_edited
+
+    def _packed(self, master: Tensor) -> State:
+        return {MASTER: master} if self._view.master_weights == "full" else {REMAINDER: split_master(master)[1]}
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -29,17 +29,20 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64  # bytes; kernels read 16 at a time
+from lightning_hift.exposure import Exposure
+from lightning_hift.group_state import ALIGNMENT, Flat
+
 _CHUNK = 2**26  # bytes; small against a group, and long enough for full speed
+_STAGING = 2**24  # bytes of each of two buffers
 
 
 class _Copy(NamedTuple):
@@ -50,178 +53,146 @@ class _Copy(NamedTuple):
     device: list[Tensor]
 
 
-class DeviceSlot:
-    """A stretch of device memory in which the state of one group takes the place of that of the group before it.
-
-    Args:
-        nbytes: Its size.
-        device: Where it is.
-    """
+class Slot:
+    """A stretch of device memory in which the state of one group takes the place of that of the group before it."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._saved: list[tuple[int, Any]] = []
+        self._read: list[tuple[int, int, Any]] = []
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.memory.numel()
 
-    def cut(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors from the start of the slot on, with the shapes, strides and dtypes of the dense tensors ``like``."""
-        pieces, start = [], 0
-        for tensor in like:
-            end = start + _nbytes(tensor)
-            pieces.append(self.memory[start:end].view(tensor.dtype).as_strided(tensor.shape, tensor.stride()))
-            start = _aligned(end)
-        return pieces
+    def cut(self, flats: Iterable[Flat]) -> list[Tensor]:
+        """Memory for each of ``flats``, one after another from the start of the slot on."""
+        found, start = [], 0
+        for flat in flats:
+            end = start + flat.numel * flat.dtype.itemsize
+            found.append(self.memory[start:end].view(flat.dtype))
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+        return found
 
-    def end_of(self, tensor: Tensor) -> int | None:
-        """Where in the slot a dense ``tensor`` ends, in bytes; ``None`` if it lies elsewhere."""
+    def range_of(self, tensor: Tensor) -> tuple[int, int] | None:
+        """First byte and byte after the last one of a dense ``tensor`` in the slot; ``None`` if it lies elsewhere."""
         start = tensor.data_ptr() - self.memory.data_ptr()
-        return start + _nbytes(tensor) if 0 <= start < self.nbytes else None
+        return (start, start + tensor.nbytes) if 0 <= start < self.nbytes else None
 
-    def forget_saved(self) -> None:
-        """A new turn of saving begins, from the start of the slot to its end."""
-        self._saved = []
+    def note_read(self, tensor: Tensor, event: Any) -> None:
+        """``tensor`` has been read once ``event`` has happened."""
+        if (found := self.range_of(tensor)) is not None:
+            self._read = [each for each in self._read if not each[2].query()]
+            self._read.append((*found, event))
 
-    def note_saved(self, end: int, event: Any) -> None:
-        """All up to byte ``end`` is saved once ``event`` has happened."""
-        self._saved.append((end, event))
-
-    def may_write_after(self, end: int) -> Any | None:
-        """The event after which the slot may be written up to byte ``end``; ``None``: now."""
-        return next(
-            (event for saved, event in self._saved if saved >= end), self._saved[-1][1] if self._saved else None
-        )
-
-
-def slot_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that a slot needs for ``tensors``."""
-    return sum(_aligned(_nbytes(tensor)) for tensor in tensors)
+    def free_after(self, tensor: Tensor) -> Any | None:
+        """The event after which ``tensor`` may be overwritten; ``None``: now. Reads happen in the order of notes."""
+        if (found := self.range_of(tensor)) is None:
+            return None
+        start, end = found
+        return next((event for s, e, event in reversed(self._read) if s < end and start < e), None)
 
 
 class Transfers:
     """Saves device tensors to the host and loads them back, each direction on a stream of its own.
 
-    What is saved and loaded is kept alive: on the device until its event was waited for, on the host until it is over.
+    What is saved and loaded is kept alive: on the host until it is over, on the device until its event was waited for.
+    Before the slot is given up, both have to be waited for.
 
     Args:
         device: A device with streams.
-        in_thread: Copy in a thread, because the host takes part in it: its memory is pageable or a file.
+        in_thread: Copy in a thread, because the host takes part in it: its memory is pageable or a file. The thread
+            copies by way of two small page-locked buffers, if it can get them.
         device_module: Streams and events; default ``torch.get_device_module(device)``.
     """
 
     def __init__(self, device: torch.device, in_thread: bool = False, device_module: Any = None) -> None:
         self.device = device
-        self.slot: DeviceSlot | None = None
+        self.slot: Slot | None = None
         self._streams = device_module or torch.get_device_module(device)
         self._load_stream = self._streams.Stream(device=device)
         self._save_stream = self._streams.Stream(device=device)
-        self._thread = ThreadPoolExecutor(1, "hift-copies") if in_thread else None
+        self._thread: ThreadPoolExecutor | None = None
         self._under_way: dict[Any, deque[_Copy]] = {self._load_stream: deque(), self._save_stream: deque()}
-        weakref.finalize(self, _finish, [*self._under_way.values()], os.getpid())
-        self._step = 0
-        self._waits: deque[tuple[int, Any, Any]] = deque(maxlen=256)
-        self._sums: dict[int, float] = {}
-        self._exposed_ms = 0.0
+        self._process = os.getpid()
+        weakref.finalize(self, _finish, [*self._under_way.values()], self._process)
+        self.exposure = Exposure()
+        if in_thread:
+            self.copy_in_thread()
+
+    def copy_in_thread(self) -> None:
+        """From now on, copy in a thread."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "hift-copies")
 
     def save(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Copy each (device, host) pair to the host, those in the slot first. Returns the event that ends it."""
-        slot, stream = self.slot, self._save_stream
-        ends = {} if slot is None else {id(device): end for device, _ in pairs if (end := slot.end_of(device))}
-
-        def copy() -> Any:
-            if slot is not None:
-                slot.forget_saved()
-            stream.wait_event(stepped)  # Note [Streams] 1
-            for device, host in sorted(pairs, key=lambda pair: ends.get(id(pair[0]), float("inf"))):
-                for source, target in _chunks(device, host):
-                    target.copy_(source, non_blocking=True)
-                    if slot is not None and id(device) in ends:
-                        end = slot.end_of(source)
-                        assert end is not None
-                        slot.note_saved(end, stream.record_event())
-            return stream.record_event()
-
-        stepped = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, stream, [host for _, host in pairs], [device for device, _ in pairs])
+        """Copy each (device, host) pair to the host. Returns the event that ends it; ``None``: there are no pairs."""
+        return self._run(self._save_stream, pairs, [host for _, host in pairs], [device for device, _ in pairs])
 
     def load(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any = None) -> Any:
         """Copy each (host, device) pair to the device, after the event ``after``. Returns the event that ends it."""
-        slot, stream = self.slot, self._load_stream
-
-        def copy() -> Any:
-            stream.wait_event(allocated)  # Note [Streams] 1
-            if (saved := _event(after)) is not None:
-                stream.wait_event(saved)  # Note [Streams] 3
-            for host, device in pairs:
-                for source, target in _chunks(host, device):
-                    end = slot.end_of(target) if slot is not None else None
-                    free = slot.may_write_after(end) if slot is not None and end is not None else None
-                    if free is not None:
-                        stream.wait_event(free)  # Note [Streams] 2
-                    target.copy_(source, non_blocking=True)
-            return stream.record_event()
-
-        allocated = self._streams.current_stream(self.device).record_event()
-        return self._run(copy, stream, [host for host, _ in pairs], [device for _, device in pairs])
+        return self._run(self._load_stream, pairs, [host for host, _ in pairs], [device for _, device in pairs], after)
 
     def wait(self, event: Any) -> None:
         """Let the compute stream wait for ``event``; ``None`` has happened."""
         if event is not None:
-            self._streams.current_stream(self.device).wait_event(_event(event))  # Note [Streams] 4, 5
+            compute = self._streams.current_stream(self.device)
+            begin = self._now(compute)
+            compute.wait_event(_event(event))  # Note [Streams] 4, 5
+            self.exposure.add(begin, self._now(compute))
             for copy in chain(*self._under_way.values()):
                 if copy.end is event:
                     copy.device.clear()
 
     def finish(self) -> None:
         """Let the host wait until no copy is under way."""
-        _finish(self._under_way.values(), os.getpid())
+        _finish(self._under_way.values(), self._process)
 
-    @contextmanager
-    def measure_exposed(self) -> Iterator[None]:
-        """Measure how long the waits inside keep the compute stream from going on."""
-        begin = self._now()
-        yield
-        self._waits.append((self._step, begin, self._now()))
-
-    def end_step(self) -> None:
-        """The waits from now on belong to the next step."""
-        self._step += 1
-        self._let_go()
-
-    def exposed_ms(self) -> float:
-        """Milliseconds that the waits of one step took: the last one for which it is known without waiting for it."""
-        while self._waits and self._waits[0][2].query():
-            step, begin, end = self._waits.popleft()
-            self._sums[step] = self._sums.get(step, 0.0) + begin.elapsed_time(end)
-        pending = min([step for step, *_ in self._waits], default=self._step)
-        known = [step for step in self._sums if step < pending]
-        if known:
-            self._exposed_ms = self._sums[max(known)]
-            self._sums = {step: total for step, total in self._sums.items() if step >= pending}
-        return self._exposed_ms
-
-    def _now(self) -> Any:
+    def _now(self, stream: Any) -> Any:
         event = self._streams.Event(enable_timing=True)
-        event.record(self._streams.current_stream(self.device))
+        event.record(stream)
         return event
 
-    def _run(self, copy: Callable[[], Any], stream: Any, host: list[Tensor], device: list[Tensor]) -> Any:
-        def on_stream() -> Any:
-            with self._streams.stream(stream):
-                return copy()
-
+    def _run(
+        self,
+        stream: Any,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        host: list[Tensor],
+        device: list[Tensor],
+        after: Any = None,
+    ) -> Any:
+        if not pairs:
+            return None
         self._let_go()
-        end = on_stream() if self._thread is None else self._thread.submit(on_stream)
-        self._under_way[stream].append(_Copy(end, host, device))
+        begin = self._streams.current_stream(self.device).record_event()
+        work = partial(self._copy, stream, pairs, begin, after, self.slot)
+        end = work() if self._thread is None else self._thread.submit(work)
+        outside = [tensor for tensor in device if self.slot is None or self.slot.range_of(tensor) is None]
+        self._under_way[stream].append(_Copy(end, host, outside))
         return end
 
+    def _copy(
+        self, stream: Any, pairs: Sequence[tuple[Tensor, Tensor]], begin: Any, after: Any, slot: Slot | None
+    ) -> Any:
+        with self._streams.stream(stream):
+            stream.wait_event(begin)  # Note [Streams] 1
+            if after is not None:
+                stream.wait_event(_event(after))  # Note [Streams] 3
+            for source, target in chain.from_iterable(_chunks(*pair) for pair in pairs):
+                if slot is not None and (free := slot.free_after(target)) is not None:
+                    stream.wait_event(free)  # Note [Streams] 2
+                target.copy_(source, non_blocking=True)
+                if slot is not None and slot.range_of(source) is not None:
+                    slot.note_read(source, stream.record_event())
+            return stream.record_event()
+
     def _let_go(self) -> None:
-        """Forget the copies that are over, but for the last one: to have waited for it is to have waited for all."""
+        """Forget copies that are over, and whose end was waited for if their memory on the device may be freed.
+
+        But not the last one: to have waited for it is to have waited for all.
+        """
         for copies in self._under_way.values():
-            while len(copies) > 1 and _has_happened(copies[0].end):
+            while len(copies) > 1 and not copies[0].device and _has_happened(copies[0].end):
                 copies.popleft()
 
 
@@ -244,17 +215,7 @@ def _event(event: Any) -> Any:
 
 def _chunks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The same elements of both, in stretches that are copied one at a time."""
-    if source.stride() != target.stride():
+    if source.dim() != 1 or not (source.is_contiguous() and target.is_contiguous()):
         return iter([(source, target)])
-    flat = (source.numel(),)
-    flats = (source.as_strided(flat, (1,)), target.as_strided(flat, (1,)))
-    sources, targets = (torch.split(tensor, max(1, _CHUNK // tensor.element_size())) for tensor in flats)
-    return zip(sources, targets, strict=True)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    size = max(1, _CHUNK // source.element_size())
+    return zip(torch.split(source, size), torch.split(target, size), strict=True)

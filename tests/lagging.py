@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_hift import StateOffloader
 
@@ -126,7 +126,8 @@ class LaggingStream:
             self.run_until(self.length)
 
     def run_until(self, position: int) -> None:
-        with self.device.lock:
+        # Whatever stream is issuing copies just now: the one of an offloader that is collected may have to end first.
+        with self.device.lock, _disable_current_modes():
             while self._done < position and not self.device.failed:
                 self._done += 1
                 self._queue[self._done - 1]()

@@ -6,9 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
-from lightning_hift.master_weights import join_master, split_master, store_master
+from lightning_hift.master_weights import join_master, join_masters, recheck_masters, split_master, store_masters
 from tests.lagging import LaggingDevice
 from tests.matrices import crossed
 from tests.models import (
@@ -92,14 +95,117 @@ def test_rounding_is_that_of_the_oracle():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 4, 4)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_store_in_any_layout(shape, channels_last, monkeypatch):
-    monkeypatch.setattr("lightning_hift.master_weights._PART", 7)
+def test_rounding_in_any_layout(shape, channels_last):
     layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
     master = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
-    live = torch.empty_like(master, dtype=torch.bfloat16)
-    remainder = torch.empty_like(master, dtype=torch.int16)
-    store_master(master, live, remainder)
+    live, remainder = split_master(master)
     assert torch.equal(join_master(live, remainder), master)
+
+
+def flat_masters(numel=100, dtype=torch.bfloat16):
+    """Two weights and their masters side by side, with ties, and weights that were set from outside since."""
+    flat = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    flat.view(torch.int32)[::7] &= ~0xFFFF
+    flat.view(torch.int32)[::7] |= 0x8000
+    views = [flat[: numel // 2].view(2, -1), flat[numel // 2 :]]
+    lives = [torch.empty_like(view, dtype=dtype) for view in views]
+    return flat, views, lives
+
+
+@pytest.mark.parametrize("part", [7, 2**28])
+def test_flat_masters_are_those_of_each_weight(part, monkeypatch):
+    monkeypatch.setattr("lightning_hift.master_weights._PART", part)
+    flat, views, lives = flat_masters()
+    before, expected = flat.clone(), [split_master(view) for view in views]
+    store_masters(flat, views, lives)
+    assert torch.equal(bits(flat), bits(before))
+    remainder = torch.empty(100, dtype=torch.int16)
+    store_masters(flat, views, lives, remainder)
+    assert all(torch.equal(live, one) for live, (one, _) in zip(lives, expected, strict=True))
+    assert torch.equal(remainder, torch.cat([rest.flatten() for _, rest in expected]))
+    flat.fill_(torch.nan)
+    join_masters(flat, views, lives, remainder)
+    assert torch.equal(bits(flat), bits(before))
+
+
+EDITS = {
+    "zero": lambda p: p.data.zero_(),
+    "minus_zero": lambda p: p.data.fill_(-0.0),
+    "infinite": lambda p: p.data.fill_(torch.inf),
+    "nan": lambda p: p.data.fill_(torch.nan),
+    "clamped": lambda p: p.clamp_(-0.01, 0.01),
+    "copied": lambda p: p.copy_(torch.arange(p.numel()).view_as(p) / 100),
+    "replaced": lambda p: setattr(p, "data", torch.ones_like(p)),
+    "not_at_all": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_weights_that_were_set_from_outside_keep_at_most_their_remainder(edit):
+    flat, views, lives = flat_masters()
+    remainder, full = torch.empty(100, dtype=torch.int16), flat.clone()
+    store_masters(flat, views, lives, remainder)
+    lives = [nn.Parameter(live, requires_grad=False) for live in lives]
+    for live in lives:
+        EDITS[edit](live)
+    join_masters(flat, views, lives, remainder)
+    recheck_masters(full, [full[:50].view(2, -1), full[50:]], lives)
+    assert torch.equal(bits(full), bits(flat))
+    for live, view in zip(lives, views, strict=True):
+        if edit == "nan":
+            assert view.isnan().all()
+        elif edit != "infinite":  # a negative remainder of infinity is the largest number
+            assert torch.equal(split_master(view)[0], live.detach())
+    assert edit == "nan" or not flat.isnan().any()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_full_and_split_stay_equal_when_weights_are_set_from_outside(edit):
+    def run(mode):
+        model = Net()
+        engine = HiFTEngine.attach(
+            model, adamw(model.parameters()), master_weights=mode, weights_dtype=torch.bfloat16, group_size=2
+        )
+        for step, batch in enumerate(tokens(9)):
+            if step == 5:
+                with torch.no_grad():
+                    EDITS[edit](model.head.weight)
+            next_token_loss(model, batch).backward()
+            engine.optimizer.step()
+        return {name: torch.nan_to_num(p.detach()) for name, p in model.named_parameters()}
+
+    assert_same_weights(run("full"), run("split"))
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations that touch memory, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if True:
+            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+            if not is_view and func not in (torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format):
+                read = tree_leaves(args[1:] if func is torch.ops.aten.copy_.default else args)
+                written = args[0] if func is torch.ops.aten._foreach_copy_.default else found
+                moved = [*(args[1] if func is torch.ops.aten._foreach_copy_.default else read), *tree_leaves(written)]
+                self.operations += 1
+                self.nbytes += sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))
+        return found
+
+
+def test_remainders_take_few_passes_over_memory():
+    numel = 1 << 16
+    flat, views, lives = flat_masters(numel)
+    remainder = torch.zeros(numel, dtype=torch.int16)
+    with Traffic() as traffic:
+        join_masters(flat, views, lives, remainder)
+        store_masters(flat, views, lives, remainder)
+    assert traffic.operations <= 8
+    assert traffic.nbytes <= 60 * numel
 
 
 # --- a plain loop -----------------------------------------------------------------------------------------------------

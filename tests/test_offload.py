@@ -20,11 +20,13 @@ def lagging(ignores=lambda waiting, awaited: False, eager=(), **options):
     return StateOffloader("cpu", device_module=LaggingDevice(ignores, eager), always_copy=True, **options)
 
 
-def give_and_leave(offloader, states):
+def give_and_leave(offloader, p, state, group=None):
     """A step whose group then leaves the device."""
-    offloader.take(states)
-    offloader.give(states)
-    offloader.hold([])
+    group = group or offloader.add([p])
+    offloader.take([group])
+    offloader.give(group, {p: state})
+    offloader.hold(None)
+    return group
 
 
 def test_lagging_device_poisons_until_the_event_is_waited_for():
@@ -47,9 +49,9 @@ def test_lagging_device_poisons_until_the_event_is_waited_for():
 def test_state_survives_a_round_trip(make):
     offloader, a, b = make(), parameter(), parameter()
     state = {"step": torch.tensor(3.0), "moments": [torch.ones(3), {"x": torch.arange(3)}], "name": "a"}
-    give_and_leave(offloader, {a: state})
-    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
-    taken = offloader.take([a])[a]
+    group = give_and_leave(offloader, a, state)
+    give_and_leave(offloader, b, {"m": torch.zeros(3)})
+    taken = offloader.take([group])[a]
     assert taken["step"] == 3
     assert taken["moments"][0].tolist() == [1, 1, 1]
     assert taken["moments"][1]["x"].tolist() == [0, 1, 2]
@@ -60,14 +62,14 @@ def test_tensors_of_objects_move_with_the_rest():
     """GaLore keeps its projections so, and makes a new one in place of the old one."""
     offloader, a, b = lagging(), parameter(), parameter()
     projector = SimpleNamespace(rank=2, matrix=torch.ones(3), history=[torch.zeros(2)], cls=nn.Linear)
-    give_and_leave(offloader, {a: {"projector": projector}})
+    group = give_and_leave(offloader, a, {"projector": projector})
     assert offloader.host_bytes == 12 + 8
-    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
-    taken = offloader.take([a])[a]["projector"]
+    give_and_leave(offloader, b, {"m": torch.zeros(3)})
+    taken = offloader.take([group])[a]["projector"]
     assert taken.matrix.tolist() == [1, 1, 1]
     assert (taken.rank, taken.cls, taken.history[0].tolist()) == (2, nn.Linear, [0, 0])
     taken.matrix = torch.full((4,), 5.0)
-    give_and_leave(offloader, {a: {"projector": taken}})
+    give_and_leave(offloader, a, {"projector": taken}, group)
     offloader.drain()
     assert offloader.state_of(a)["projector"].matrix.tolist() == [5, 5, 5, 5]
 
@@ -75,9 +77,9 @@ def test_tensors_of_objects_move_with_the_rest():
 def make_slot(offloader):
     """Let a first group come and go; its slot stays for the next ones."""
     p = parameter()
-    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
-    offloader.take([p])
-    offloader.hold([])
+    group = give_and_leave(offloader, p, {"m": torch.ones(3)})
+    offloader.take([group])
+    offloader.hold(None)
 
 
 def test_hold_prefetches_what_comes_next():
@@ -85,54 +87,125 @@ def test_hold_prefetches_what_comes_next():
     offloader = StateOffloader("cpu", device_module=device, always_copy=True)
     make_slot(offloader)
     p = parameter()
-    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    group = give_and_leave(offloader, p, {"m": torch.ones(3)})
+    offloader.drain()
     released = device.copies
-    offloader.hold([p])
+    offloader.hold(group)
     assert device.copies == released + 1
-    assert offloader.take([p])[p]["m"].tolist() == [1, 1, 1]
+    assert offloader.take([group])[p]["m"].tolist() == [1, 1, 1]
     assert device.copies == released + 1
 
 
-def test_a_larger_slot_is_made_only_when_the_smaller_one_has_been_left():
+def test_a_group_of_many_tensors_moves_in_one_copy_for_each_dtype():
+    device = LaggingDevice()
+    offloader = StateOffloader("cpu", device_module=device, always_copy=True)
+    owners = [parameter() for _ in range(9)]
+    group = offloader.add(owners)
+    states = {p: {"m": torch.ones(3), "v": torch.ones(5), "q": torch.ones(4, dtype=torch.uint8)} for p in owners}
+    states[owners[0]]["hift_remainder"] = torch.ones(3, dtype=torch.int16)
+    offloader.put(states)
+    for _ in range(2):
+        before = device.copies
+        offloader.hold(group)
+        taken = offloader.take([group])
+        assert device.copies == before + 3
+        for each in taken.values():
+            each["v"] += 1  # in place
+        offloader.give(group, taken)
+        offloader.hold(None)
+        assert device.copies == before + 6
+    offloader.drain()
+    assert all(offloader.state_of(p)["v"].tolist() == [3] * 5 for p in owners)
+
+
+def test_what_is_new_or_has_another_shape_is_kept():
+    offloader, p, q = lagging(), parameter(), parameter()
+    group = offloader.add([p, q])
+
+    def step(change):
+        offloader.hold(group)
+        states = offloader.take([group])
+        change(states)
+        offloader.give(group, states)
+        offloader.hold(None)
+        offloader.drain()
+
+    step(lambda s: s.update({p: {"m": torch.ones(3), "hift_master": torch.zeros(3)}}))
+    master = offloader.state_of(p)["hift_master"].data_ptr()
+    step(lambda s: s.update({q: {"m": torch.full((2, 2), 2.0)}}))
+    step(lambda s: s[p].update(m=torch.full((4,), 3.0), later=torch.arange(2), count=1))
+    step(lambda s: s[p].update(count=s[p]["count"] + 1))
+    step(lambda s: s[q].pop("m"))
+    found = offloader.state_of(p)
+    assert found["m"].tolist() == [3] * 4
+    assert found["later"].tolist() == [0, 1]
+    assert found["count"] == 2
+    assert found["hift_master"].data_ptr() == master  # the places of others stay
+    assert offloader.state_of(q) == {}
+    assert offloader.host_bytes == 16 + 16 + 12
+
+
+def test_a_larger_slot_is_made_only_when_what_lies_outside_has_left():
     offloader, small, large = lagging(), parameter(), nn.Parameter(torch.zeros(99))
     make_slot(offloader)
+    groups = {p: offloader.add([p]) for p in (small, large)}
     offloader.put({small: {"m": torch.ones(3)}, large: {"m": torch.ones(99)}})
     for _ in range(3):
-        for p in (small, large):
-            offloader.hold([p])
+        for group in groups.values():
+            offloader.hold(group)
             assert offloader.device_bytes <= 448  # 99 times 4, rounded up to 64
-            offloader.give(offloader.take([p]))
+            offloader.give(group, offloader.take([group]))
             assert offloader.device_bytes <= 448
     assert offloader.device_bytes == 448
+
+
+def test_a_small_group_after_a_large_one_does_not_wait_until_all_of_that_is_saved(monkeypatch):
+    monkeypatch.setattr("lightning_hift.transfers._CHUNK", 64)
+    waits = []
+    device = LaggingDevice(lambda waiting, awaited: waits.append((waiting, awaited)))
+    offloader = StateOffloader("cpu", device_module=device, always_copy=True)
+    small, large = parameter(), nn.Parameter(torch.zeros(99))
+    groups = {p: offloader.add([p]) for p in (small, large)}
+    offloader.put({small: {"m": torch.ones(3)}, large: {"m": torch.ones(99)}})
+    offloader.hold(groups[large])
+    offloader.give(groups[large], offloader.take([groups[large]]))
+    copies, waits[:] = device.copies, []
+    offloader.hold(groups[small])
+    assert device.copies == copies + 7 + 1
+    assert waits.count(("load", "save")) == 1
+    offloader.take([groups[small]])
+    assert device.copies_done - copies <= 3  # the first chunk was saved, and the small group loaded there
+    offloader.drain()
+    assert offloader.state_of(large)["m"].tolist() == [1] * 99
 
 
 def test_without_prefetch_the_copy_waits_for_the_step():
     device = LaggingDevice()
     offloader = StateOffloader("cpu", prefetch=False, device_module=device, always_copy=True)
     p = parameter()
-    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    group = give_and_leave(offloader, p, {"m": torch.ones(3)})
     released = device.copies
-    offloader.hold([p])
+    offloader.hold(group)
     assert device.copies == released
-    offloader.take([p])
+    offloader.take([group])
     assert device.copies == released + 1
 
 
 def test_a_prefetch_for_another_group_is_dropped_unharmed():
     offloader, a, b = lagging(), parameter(), parameter()
-    give_and_leave(offloader, {a: {"m": torch.ones(3)}})
-    give_and_leave(offloader, {b: {"m": torch.zeros(3)}})
-    offloader.hold([a])
-    offloader.hold([b])
-    assert offloader.take([b])[b]["m"].tolist() == [0, 0, 0]
-    assert offloader.take([a])[a]["m"].tolist() == [1, 1, 1]
+    of_a = give_and_leave(offloader, a, {"m": torch.ones(3)})
+    of_b = give_and_leave(offloader, b, {"m": torch.zeros(3)})
+    offloader.hold(of_a)
+    offloader.hold(of_b)
+    assert offloader.take([of_b])[b]["m"].tolist() == [0, 0, 0]
+    assert offloader.take([of_a])[a]["m"].tolist() == [1, 1, 1]
 
 
-def test_host_memory_is_allocated_once_per_tensor():
+def test_host_memory_is_allocated_once():
     offloader, p = lagging(), parameter()
-    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    group = give_and_leave(offloader, p, {"m": torch.ones(3)})
     first = offloader.state_of(p)["m"].data_ptr()
-    give_and_leave(offloader, offloader.take([p]))
+    give_and_leave(offloader, p, offloader.take([group])[p], group)
     offloader.drain()
     assert offloader.state_of(p)["m"].data_ptr() == first
 
@@ -140,7 +213,7 @@ def test_host_memory_is_allocated_once_per_tensor():
 def test_offload_none_keeps_state_on_the_device():
     device = LaggingDevice()
     offloader, p = StateOffloader("cpu", "none", device_module=device, always_copy=True), parameter()
-    give_and_leave(offloader, {p: {"m": torch.ones(3)}})
+    give_and_leave(offloader, p, {"m": torch.ones(3)})
     assert device.copies == 0
     assert offloader.device_bytes == 12
     assert offloader.host_bytes == 0
@@ -151,8 +224,8 @@ def test_offload_none_keeps_state_on_the_device():
 
 def test_bytes():
     offloader, a, b = lagging(), parameter(), parameter()
-    give_and_leave(offloader, {a: {"m": torch.ones(3), "v": torch.ones(3)}})
-    offloader.give({b: {"m": torch.ones(3)}})
+    give_and_leave(offloader, a, {"m": torch.ones(3), "v": torch.ones(3)})
+    offloader.give(offloader.add([b]), {b: {"m": torch.ones(3)}})
     # What is being released still is on the device.
     assert (offloader.device_bytes, offloader.host_bytes) == (12 + 24, 24)
     offloader.drain()
@@ -162,12 +235,29 @@ def test_bytes():
 def test_put_copies_and_keeps_named_tensors_on_the_host():
     device = LaggingDevice()
     offloader, p = StateOffloader("cpu", device_module=device, always_copy=True), parameter()
-    given = torch.ones(3)
-    offloader.put({p: {"step": torch.tensor(1.0), "m": given}}, stays_on_host=("step",))
+    given, group = torch.ones(3), offloader.add([p])
+    offloader.put({p: {"step": torch.tensor(1.0), "m": given}}, {p: ("step",)})
     given.zero_()
-    taken = offloader.take([p])[p]
+    taken = offloader.take([group])[p]
     assert device.copies == 1
     assert taken["m"].tolist() == [1, 1, 1]
+
+
+def test_put_leaves_other_owners_alone():
+    offloader, p, q = lagging(), parameter(), parameter()
+    group = offloader.add([p, q])
+    offloader.put({p: {"step": torch.tensor(1.0), "m": torch.ones(3)}}, {p: ("step",)})
+    offloader.hold(group)
+    states = offloader.take([group])
+    states[p]["m"] += 1
+    offloader.give(group, states)
+    offloader.put({q: {"m": torch.zeros(2)}})
+    assert offloader.state_of(p)["m"].tolist() == [2, 2, 2]
+    assert offloader.state_of(q)["m"].tolist() == [0, 0]
+    assert offloader.state_of(p)["step"] == 1
+    offloader.put({p: {}})
+    assert offloader.state_of(p) == {}
+    assert offloader.state_of(q)["m"].tolist() == [0, 0]
 
 
 def test_unknown_tier():
@@ -228,9 +318,9 @@ def test_missing_wait_before_loading_what_is_still_being_saved_is_noticed():
     def there_and_back(offloader):
         make_slot(offloader)
         p = parameter()
-        give_and_leave(offloader, {p: {"m": torch.ones(3)}})
-        offloader.hold([p])
-        return offloader.take([p])[p]["m"].tolist()
+        group = give_and_leave(offloader, p, {"m": torch.ones(3)})
+        offloader.hold(group)
+        return offloader.take([group])[p]["m"].tolist()
 
     assert there_and_back(lagging()) == [1, 1, 1]
     assert there_and_back(lagging(eager=["load"])) == [1, 1, 1]
@@ -300,7 +390,7 @@ def test_phases_have_names_in_a_profile():
     with torch.profiler.profile() as profile:
         steps_on(lagging(), 12)
     names = {event.key for event in profile.key_averages()}
-    assert {"HiFT::fetch", "HiFT::release", "HiFT::wait_for_state", "HiFT::lend", "HiFT::take_back"} <= names
+    assert {"HiFT::fetch", "HiFT::release", "HiFT::wait_for_state", "HiFT::show", "HiFT::hide"} <= names
 
 
 def test_exposed_milliseconds():
@@ -308,15 +398,18 @@ def test_exposed_milliseconds():
     offloader, p = lagging(), parameter()
     assert offloader.exposed_ms() == 0
     make_slot(offloader)
+    group = offloader.add([p])
     offloader.drain()
-    offloader.end_step()
-    offloader.exposed_ms()
+    offloader.end_step(ends_sweep=True)
+    before = offloader.exposed_ms()
     offloader.put({p: {"m": torch.ones(3)}})
-    offloader.hold([p])
-    offloader.take([p])
-    offloader.take([p])
+    offloader.hold(group)
+    offloader.take([group])
+    offloader.take([group])
     offloader.end_step()
     assert offloader.exposed_ms() == 1
-    offloader.take([p])
-    offloader.end_step()
+    offloader.take([group])
+    offloader.end_step(ends_sweep=True)
     assert offloader.exposed_ms() == 0
+    assert before == 2  # a save from outside the slot, and a load
+    assert (offloader.exposure.sweep_ms, offloader.exposure.sweep_max_ms) == (1, 1)

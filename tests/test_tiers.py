@@ -78,7 +78,7 @@ def test_memory_is_given_back():
 
 def test_page_lock_is_asked_for_each_stretch(monkeypatch):
     locked = []
-    monkeypatch.setattr("lightning_hift.host_memory.page_lock", lambda memory, device: locked.append(memory.numel()))
+    monkeypatch.setattr("lightning_hift.host_memory.page_lock", lambda memory, device: locked.append(len(memory)))
     HostMemory(torch.device("cuda")).allocate([torch.empty(3), torch.empty(5), torch.empty(2, dtype=torch.int16)])
     assert locked == [32, 4]
 
