@@ -145,14 +145,11 @@ class GroupState:
         """The end of the last copy to the host."""
         self.was_released = False
         """Whether it has left the device before."""
+        self.is_new = True
+        """Whether it has been on the device only."""
         self.is_laid_out = True
         """Whether ``flats`` are those of ``contents``."""
         self._on_host: Contents | None = None
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it has been on the device only."""
-        return self.is_resident and not self.was_released
 
     @property
     def nbytes(self) -> int:

@@ -168,6 +168,7 @@ class StateOffloader:
                 if view.data_ptr() != contents.tensors[label].data_ptr():
                     view.copy_(contents.tensors[label])
             group.change(contents.moved(views), flats)
+            group.is_new = False
 
     def drop(self, group: GroupState) -> None:
         """Forget the optimizer's own state of ``group``, but not its masters."""
@@ -201,14 +202,13 @@ class StateOffloader:
         for each in going:
             if each.arriving is not None:
                 self._leave(each)
-        if self._transfers is None:
-            return
         if not self.prefetch:
             self._settle()
-            if self._in_slot is None:
+            if self._transfers is not None and self._in_slot is None:
                 self._transfers.slot = None
             return
         for each in staying:
+            each.is_resident |= self._transfers is None
             # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
             if self._is_away(each) and not (self._leaving and self._must_grow(each)):
                 self._fetch(each)
@@ -223,7 +223,7 @@ class StateOffloader:
                     self._fetch(group)
                 self._wait(group.arriving)
                 group.arriving, group.is_resident = None, True
-                if group.stays and self._transfers is not None and group.host_bytes:
+                if self.offload == "none" and self._transfers is not None and group.host_bytes:
                     self._transfers.finish()  # once after state was loaded: the host has had it for the way only
                     group.leave_host()
                 taken |= group.contents.states
@@ -322,7 +322,7 @@ class StateOffloader:
                     if self._in_slot is group:
                         self._left_slot = group.saved
                     self._leave(group)
-                group.is_resident, group.was_released = False, True
+                group.is_resident, group.was_released, group.is_new = False, True, False
 
     def _is_outside(self, group: GroupState) -> bool:
         """Whether some of it lies outside the slot."""

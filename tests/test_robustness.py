@@ -264,10 +264,11 @@ def test_loading_waits_for_saving_chunk_by_chunk_only(monkeypatch):
     monkeypatch.setattr("lightning_hift.transfers._CHUNK", 64)
     offloader = StateOffloader("cpu", device_module=LaggingDevice(note), always_copy=True)
     a, b = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.zeros(64))
+    of_a, of_b = offloader.add([a]), offloader.add([b])
     offloader.put({p: {"m": torch.ones(64)} for p in (a, b)})
-    offloader.give(offloader.take([a]))
+    offloader.give(of_a, offloader.take([of_a]))
     waits.clear()
-    offloader.hold([b])
+    offloader.hold(of_b)
     assert waits.count(("load", "save")) == 4  # 256 bytes: each chunk for its own place, none for the whole
     assert ("save", "load") not in waits
 
