@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,21 @@ def _end_with(parent: int) -> None:
 
 def run_cell(kind: str, configs: Sequence[str], options: Mapping[str, Any], folder: Path) -> Record:
     """Make a run in this process; whatever goes wrong is its outcome."""
-    outcome: Record
+    return {**outcome_of(lambda: run_function(kind)(configs, options, folder)), "passport": make_passport()}
+
+
+def outcome_of(measure: Callable[[], Mapping[str, Any]]) -> Record:
+    """What ``measure`` returns, or why it did not: as ``status``, and ``measured`` or ``reason``."""
     try:
-        outcome = {"status": MEASURED, "measured": dict(run_function(kind)(configs, options, folder))}
+        return {"status": MEASURED, "measured": dict(measure())}
     except Skipped as reason:
-        outcome = {"status": SKIPPED, "reason": str(reason)}
+        return {"status": SKIPPED, "reason": str(reason)}
     except ModuleNotFoundError as error:
-        outcome = {"status": SKIPPED, "reason": f"the package {error.name} is not installed"}
+        return {"status": SKIPPED, "reason": f"the package {error.name} is not installed"}
     except (torch.OutOfMemoryError, MemoryError) as error:
-        outcome = {"status": OUT_OF_MEMORY, "reason": shorten(str(error) or "of the host")}
+        return {"status": OUT_OF_MEMORY, "reason": shorten(str(error) or "of the host")}
     except Exception as error:  # a row, not the end
-        outcome = {"status": status_of(str(error)), "reason": shorten(f"{type(error).__name__}: {error}")}
-    return {**outcome, "passport": make_passport()}
+        return {"status": status_of(str(error)), "reason": shorten(f"{type(error).__name__}: {error}")}
 
 
 def status_of(words: str) -> str:
