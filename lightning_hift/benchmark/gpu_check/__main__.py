@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command == "report":
-        from lightning_hift.benchmark.gpu_check.report import write_report
-
-        print("\n".join(f"Written: {path}" for path in write_report(options.folder)))
-        return 0
     os.environ |= {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
     try:
+        if options.command == "report":
+            from lightning_hift.benchmark.gpu_check.report import write_report
+
+            print("\n".join(f"Written: {path}" for path in write_report(options.folder)))
+            return 0
         device = find_device(options.device, options.small)
         options.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -53,9 +53,14 @@ class DeviceMeter:
         """Milliseconds between two marks that were waited for."""
         return 1000 * (second - first) if self._on_host else float(first.elapsed_time(second))
 
+    def free(self) -> None:
+        """Give back what nothing refers to any more, and what torch has cached."""
+        gc.collect()
+        if not self._on_host:
+            self._module.empty_cache()
+
     def reset_peaks(self) -> None:
         """Give cached memory back, and let peaks count from now on."""
-        gc.collect()
         if not self._on_host:
             self._module.empty_cache()
             self._module.reset_peak_memory_stats(self.device)

@@ -212,8 +212,10 @@ def _profile(cell: Record) -> Iterator[str]:
     yield format_markdown(["kernel" if found["on_gpu"] else "operator of the host", "calls", "ms"], kernels)
 
 
-_PASSPORT = ("device", "kind", "device_bytes", "driver", "cuda", "cores", "versions", "commit", "seed", "environment")
-_PASSPORT += ("budget_seconds", "started")
+_PASSPORT = (
+    *("device", "kind", "device_bytes", "driver", "cuda", "cores", "host_bytes_available", "versions", "commit"),
+    *("environment", "seed", "budget_seconds", "started"),
+)
 _SECTIONS = {"correctness": _correctness, "copies": _copies}
 
 
@@ -234,8 +236,8 @@ def _passport_lines(passport: Mapping[str, Any]) -> list[list[str]]:
     lines = []
     for key in _PASSPORT:
         value = passport[key]
-        if key == "device_bytes":
-            value = None if value is None else size_text(value)
+        if "bytes" in key and value is not None:
+            value = size_text(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{name} {each}" for name, each in value.items())
         lines.append([key.replace("_", " "), "-" if value is None else str(value)])

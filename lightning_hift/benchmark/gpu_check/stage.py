@@ -132,7 +132,8 @@ def measure_cells(stage: Stage, file: StageFile, context: Context, say: Callable
         seconds = round(time.perf_counter() - begin, 3)
         file.cells[name] = {**outcome, "started": started, "seconds": seconds}
         file.write()
-        context.meter.reset_peaks()  # an error had kept its tensors alive until here
+        if outcome.get("reason") != NO_TIME:
+            context.meter.free()  # an error had kept its tensors alive until here
         why = f", {outcome['reason']}" if "reason" in outcome else ""
         say(f"{file.path.stem} | {name}: {outcome['status']}{why} ({seconds:.1f} s, {context.budget.left:.0f} s left)")
     stage.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from lightning_hift.table import format_bytes
 ATTACH, FREED, PROFILE = "hift, first sweep", "hift, closed", "hift, profile"
 _STATE_BYTES = 10  # per parameter: two moments in float32, and the remainder of a master in 16 bits
 _LEARNING_RATE = 1e-5
+_NO_MODEL = f"there is no model: see {ATTACH!r}"
 
 
 class LargeModel:
@@ -44,8 +44,8 @@ class LargeModel:
 
     def __init__(self, context: Context, size: ModelSize) -> None:
         self._context, self._size = context, size
-        self._hift = Training(context, size)
-        self._full = Training(context, size)
+        self._hift = Training(context, size, with_hift=True)
+        self._full = Training(context, size, with_hift=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -79,10 +79,16 @@ def _cell_name(method: str, shape: Shape, checkpointed: bool) -> str:
 
 
 class Training:
-    """One model with its optimizer, and with an engine after ``attach``."""
+    """One model with its optimizer.
 
-    def __init__(self, context: Context, size: ModelSize) -> None:
-        self._context, self._size, self._meter = context, size, context.meter
+    Args:
+        context: Where and how long.
+        size: Of the model.
+        with_hift: Whether an engine is attached, by ``attach``; otherwise ``build`` is enough.
+    """
+
+    def __init__(self, context: Context, size: ModelSize, with_hift: bool) -> None:
+        self._context, self._size, self._meter, self._with_hift = context, size, context.meter, with_hift
         self.network: Any = None
         self._optimizer: Any = None
         self._engine: HiFTEngine | None = None
@@ -93,7 +99,18 @@ class Training:
         self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=_LEARNING_RATE, fused=True)
 
     def attach(self) -> Mapping[str, Any]:
-        """Build all, attach an engine, and train for one sweep, after which all state has its place on the host."""
+        """Build all, attach an engine, and train for one sweep, after which all state has its place on the host.
+
+        Raises:
+            Skipped: The host has too little memory, or no time is left; nothing stays.
+        """
+        try:
+            return self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> Mapping[str, Any]:
         device, before = self._context.device, _host_memory()
         begin = time.perf_counter()
         self.build()
@@ -175,13 +192,13 @@ class Training:
         if self._engine is not None:
             self._engine.close()
         self.network = self._optimizer = self._engine = None
-        gc.collect()
+        self._meter.free()
         return {"after": _host_memory()}
 
     def _start(self, shape: Shape, checkpointed: bool) -> Tensor:
         """Warm up, and return the batch; peaks count from before the warm-up."""
-        if self.network is None:
-            raise Skipped("there is no model: see the cell that builds it")
+        if self.network is None or (self._with_hift and self._engine is None):
+            raise Skipped(_NO_MODEL)
         set_checkpointing(self.network, checkpointed)
         self._optimizer.zero_grad()  # a step that did not fit has left gradients
         batch = self._batch(shape)
@@ -205,7 +222,7 @@ class Training:
 
     def _attached(self) -> HiFTEngine:
         if self._engine is None:
-            raise Skipped("there is no model: see the cell that builds it")
+            raise Skipped(_NO_MODEL)
         return self._engine
 
     def _bytes(self) -> Mapping[str, int]:
