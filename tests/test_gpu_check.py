@@ -79,7 +79,7 @@ def test_steps_are_measured_by_group(checked):
 def test_report(checked):
     paths = write_report(checked)
     text = (checked / "report.md").read_text()
-    assert "**Right: all 12 runs" in text
+    assert "**Right: all 14 runs" in text
     assert "proves that the program runs" in text
     assert "| fp32, fused, disk | 30 |" in text
     assert "skipped: on a CPU, host and device are the same memory" in text
@@ -127,7 +127,7 @@ def test_a_killed_check_leaves_rows_that_were_not_measured(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_check(Context(CPU, SHORT, Budget(540), tmp_path), say=say)
     stages = read(tmp_path)
-    assert statuses(stages["correctness"]) == ["measured"] + ["not measured"] * 11
+    assert statuses(stages["correctness"]) == ["measured"] + ["not measured"] * 13
     write_report(tmp_path)
     assert "| fp32, fused, disk | - | - | - | - | not measured |" in (tmp_path / "report.md").read_text()
 

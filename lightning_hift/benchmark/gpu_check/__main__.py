@@ -74,8 +74,7 @@ def find_device(name: str | None, small: bool) -> torch.device:
     if name is None and not torch.cuda.is_available():
         raise ValueError(f"torch found no CUDA device. {remedy}")
     try:
-        device = torch.device(name or "cuda")
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=name or "cuda").device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"Got --device {name}, which torch cannot use here ({error}). {remedy}") from error
     if device.type == "cpu" and not small:

@@ -23,6 +23,10 @@ _SMALL = (
     "**Tiny models (`--small`)**: this proves that the program runs, and that results are right for them. None of its"
     " times and sizes says anything about the models that the headings name."
 )
+_CORRECTNESS_NOTE = (
+    'Each run against the same one with `offload="none"`: weights, optimizer state, masters and position. Where that one'
+    " is repeated, a difference says that the device does not give the same result twice."
+)
 _SPEED_NOTE = (
     "HiFT: bfloat16, masters as remainders, state on the host, prefetch; over one sweep. Full: all parameters in"
     " bfloat16 without masters, state on the device. Both with the fused AdamW. Step times are those of the compute"
@@ -117,7 +121,7 @@ def _correctness(cells: Mapping[str, Record]) -> Iterator[str]:
         loss = " to ".join(f"{loss:.3f}" for loss in found["losses"])
         result = "equal" if found["equal"] else "NOT EQUAL"
         lines.append([name, found["steps"], f"{found['compared']:,}", f"{found['differing']:,}{where}", loss, result])
-    yield 'Each run against the same one with `offload="none"`: weights, optimizer state, masters and position.'
+    yield _CORRECTNESS_NOTE
     yield format_markdown(["run", "steps", "elements", "differ", "loss", "result"], lines)
 
 
@@ -135,7 +139,7 @@ def _model(cells: Mapping[str, Record]) -> Iterator[str]:
     yield "### Host memory"
     yield _host_memory(cells)
     if PROFILE in cells:
-        yield "### Profile of a sweep"
+        yield "### Profile"
         yield from _profile(cells[PROFILE])
 
 
@@ -189,7 +193,7 @@ def _host_memory(cells: Mapping[str, Record]) -> str:
         ["attaching the engine", f"{found['attach_seconds']:.1f} s"],
         ["first sweep", f"{found['first_sweep_seconds']:.1f} s"],
         [
-            "page-locking, in both",
+            "page-locking within these two",
             f"{locked['seconds']:.1f} s for {size_text(locked['nbytes'])} in {locked['calls']} calls{rate}",
         ],
     ]
@@ -203,8 +207,9 @@ def _profile(cell: Record) -> Iterator[str]:
     found = cell["measured"]
     rows, length = found["shape"]
     yield (
-        f"{found['steps']} steps of {rows}x{length}, checkpointed, {found['wall_ms'] / found['steps']:.1f} ms each"
-        " under the profiler. Sums over the sweep; the device's time of a range is that of what was started inside."
+        f"{found['steps']} of the sweep's {found['of']} steps, evenly spread, with {rows}x{length}, checkpointed:"
+        f" {found['wall_ms'] / found['steps']:.1f} ms each under the profiler. Milliseconds are sums over them; the"
+        " device's time of a range is that of what was started inside."
     )
     ranges = [[f"`{e['name']}`", e["calls"], f"{e['host_ms']:.1f}", f"{e['device_ms']:.1f}"] for e in found["ranges"]]
     yield format_markdown(["range", "calls", "host ms", "device ms"], ranges)

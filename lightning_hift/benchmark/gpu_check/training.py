@@ -184,8 +184,10 @@ class Training:
 
     def profile(self, shape: Shape) -> Mapping[str, Any]:
         """Time by range and by kernel over one sweep with activation checkpointing."""
-        batch, steps = self._start(shape, checkpointed=True), len(self._attached().groups)
-        return {"shape": shape, "steps": steps, **profile(lambda: self._step(batch), steps, self._context)}
+        batch = self._start(shape, checkpointed=True)
+        assert self._engine is not None
+        steps = len(self._engine.groups)
+        return {"shape": shape, "of": steps, **profile(lambda: self._step(batch), steps, self._context)}
 
     def close(self) -> Mapping[str, Any]:
         """Free the device and the host, and say what the process still holds."""
@@ -219,11 +221,6 @@ class Training:
         if self._engine is None:
             self._optimizer.zero_grad()
         return loss.detach()
-
-    def _attached(self) -> HiFTEngine:
-        if self._engine is None:
-            raise Skipped(_NO_MODEL)
-        return self._engine
 
     def _bytes(self) -> Mapping[str, int]:
         """Of weights, of the largest gradients at once, and of state."""
