@@ -1,16 +1,19 @@
 """The check of a GPU, in small: there are copies, page-locked memory and peaks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_hift.benchmark.gpu_check import __main__ as command
 from lightning_hift.benchmark.gpu_check.report import write_report
+from lightning_hift.benchmark.gpu_check.sizes import SMALL
 
 pytestmark = pytest.mark.device
 
 
-def test_gpu_check(tmp_path):
+def test_gpu_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SMALL", replace(SMALL, steps=8))
     words = ["run", "--device", "softgpu:0", "--small", "--output", str(tmp_path)]
     assert command.main(words) == 0
     stages = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in command.STAGES}

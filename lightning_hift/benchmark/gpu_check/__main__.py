@@ -119,7 +119,7 @@ def _passport(context: Context) -> Mapping[str, Any]:
         **passport,
         "device": context.meter.name or passport["device"],
         "kind": str(context.device),
-        "small": context.sizes is SMALL,
+        "small": context.sizes is not LARGE,
         "seed": context.seed,
         "budget_seconds": context.budget.seconds,
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},

@@ -166,7 +166,9 @@ class _Run:
         self.engine = HiFTEngine.attach(
             self.network,
             self.optimizer,
-            make_offloader=lambda: StateOffloader(device, case.offload, case.prefetch, directory=directory),
+            make_offloader=lambda: StateOffloader(
+                device, offload=case.offload, prefetch=case.prefetch, directory=directory
+            ),
             master_weights="none" if case.weights == "fp32" else "split",
         )
 

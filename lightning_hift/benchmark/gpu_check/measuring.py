@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from lightning_hift.host_memory import can_page_lock
-
 
 class DeviceMeter:
     """Marks points in time on the compute stream, and reads the allocator's peaks.
@@ -88,10 +86,11 @@ class PageLocking:
 def page_locking(device: torch.device) -> Iterator[PageLocking]:
     """Time each ``cudaHostRegister`` inside, whoever calls it. Where nothing is page-locked there are none."""
     found = PageLocking()
-    if not can_page_lock(device):
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "cudart"):
         yield found
         return
-    runtime: Any = torch.get_device_module(device).cudart()
+    runtime = module.cudart()
     register = runtime.cudaHostRegister
 
     def timed(address: int, nbytes: int, flags: int) -> Any:

@@ -24,8 +24,8 @@ _SMALL = (
     " times and sizes says anything about the models that the headings name."
 )
 _CORRECTNESS_NOTE = (
-    'Each run against the same one with `offload="none"`: weights, optimizer state, masters and position. Where that one'
-    " is repeated, a difference says that the device does not give the same result twice."
+    'Each run against the same one with `offload="none"`: weights, optimizer state, masters and position. Where that'
+    " one is repeated, a difference says that the device does not give the same result twice."
 )
 _SPEED_NOTE = (
     "HiFT: bfloat16, masters as remainders, state on the host, prefetch; over one sweep. Full: all parameters in"

@@ -121,7 +121,7 @@ class Training:
             self._engine = HiFTEngine.attach(
                 self.network,
                 self._optimizer,
-                make_offloader=lambda: StateOffloader(device, "host"),
+                make_offloader=lambda: StateOffloader(device, offload="host"),
                 master_weights="split",
             )
             attached = time.perf_counter()
