@@ -30,8 +30,8 @@ _CORRECTNESS_NOTE = (
 _SPEED_NOTE = (
     "HiFT: bfloat16, masters as remainders, state on the host, prefetch; over one sweep. Full: all parameters in"
     " bfloat16 without masters, state on the device. Both with the fused AdamW. Step times are those of the compute"
-    " stream after a warm-up; waiting is the part of them that a step waits for state. Speed: tokens per second over"
-    " those of full fine-tuning with the same batch and the same checkpointing."
+    " stream after a warm-up; waiting is the part of them that a step waits for state. Over full: tokens per second"
+    " over those of full fine-tuning with the same batch and the same checkpointing."
 )
 
 
@@ -161,7 +161,7 @@ def _speed_table(cells: Mapping[str, Record]) -> str:
             ]
         )
     header = ["run", "peak allocated", "peak reserved", "state on the device", "median ms", "mean ms"]
-    return format_markdown([*header, "waiting ms, mean (most)", "tokens/s", "speed", "result"], lines)
+    return format_markdown([*header, "waiting ms, mean (most)", "tokens/s", "over full", "result"], lines)
 
 
 def _waiting(found: Mapping[str, Any]) -> str:
