@@ -5,33 +5,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_hift.attach import attach_engines
-from lightning_hift.checkpointing import ActivationBudget
-from lightning_hift.drawn_blocks import IST, LISA
-from lightning_hift.engine import HiFTEngine
-from lightning_hift.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
-from lightning_hift.lr_scheduler import SweepLR
-from lightning_hift.mezo import MeZO
-from lightning_hift.offload import StateOffloader
-from lightning_hift.policies import HFT, BAdam
-from lightning_hift.registration import register_strategies
-from lightning_hift.schedule import SweepSchedule
-from lightning_hift.selection import SelectionPolicy
+from lightning_hift.activations.checkpointing import ActivationBudget
+from lightning_hift.engine.attach import attach_engines
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.mezo import MeZO
+from lightning_hift.engine.sweep_lr import SweepLR
+from lightning_hift.groups.drawn_blocks import IST, LISA
+from lightning_hift.groups.grouping import LayerGroup, LayerUnit, find_layer_units, group_units
+from lightning_hift.groups.policies import HFT, BAdam
+from lightning_hift.groups.schedule import SweepSchedule
+from lightning_hift.groups.selection import SelectionPolicy
+from lightning_hift.offload.offloader import StateOffloader
+from lightning_hift.plugin.registration import register_strategies
 
 if TYPE_CHECKING:
-    from lightning_hift.callback import HiFTCallback
-    from lightning_hift.checkpoint_io import StreamingCheckpointIO
     from lightning_hift.cli import HiFTCLI
-    from lightning_hift.ddp_strategy import HiFTDDPStrategy
-    from lightning_hift.fsdp_strategy import HiFTFSDPStrategy
-    from lightning_hift.layer_updates import LayerUpdates
-    from lightning_hift.module import HiFTModule
+    from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
+    from lightning_hift.distributed.fsdp_strategy import HiFTFSDPStrategy
     from lightning_hift.planner.plan import make_plan
-    from lightning_hift.precision import HiFTPrecision
-    from lightning_hift.predictions import PredictionWriter
-    from lightning_hift.strategy import HiFTStrategy
-    from lightning_hift.trainable import TrainOnly
-    from lightning_hift.training_speed import TrainingSpeed
+    from lightning_hift.plugin.callback import HiFTCallback
+    from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
+    from lightning_hift.plugin.layer_updates import LayerUpdates
+    from lightning_hift.plugin.module import HiFTModule
+    from lightning_hift.plugin.precision import HiFTPrecision
+    from lightning_hift.plugin.predictions import PredictionWriter
+    from lightning_hift.plugin.strategy import HiFTStrategy
+    from lightning_hift.plugin.trainable import TrainOnly
+    from lightning_hift.plugin.training_speed import TrainingSpeed
 
 __version__ = "0.1.0"
 
@@ -70,17 +70,17 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
 # Imported on first use: a plain torch loop needs no Lightning, which also brings in torchmetrics and transformers.
 _NEEDS_LIGHTNING = {
     "HiFTCLI": "cli",
-    "HiFTCallback": "callback",
-    "HiFTDDPStrategy": "ddp_strategy",
-    "HiFTFSDPStrategy": "fsdp_strategy",
-    "HiFTModule": "module",
-    "HiFTPrecision": "precision",
-    "HiFTStrategy": "strategy",
-    "LayerUpdates": "layer_updates",
-    "PredictionWriter": "predictions",
-    "StreamingCheckpointIO": "checkpoint_io",
-    "TrainOnly": "trainable",
-    "TrainingSpeed": "training_speed",
+    "HiFTCallback": "plugin.callback",
+    "HiFTDDPStrategy": "distributed.ddp_strategy",
+    "HiFTFSDPStrategy": "distributed.fsdp_strategy",
+    "HiFTModule": "plugin.module",
+    "HiFTPrecision": "plugin.precision",
+    "HiFTStrategy": "plugin.strategy",
+    "LayerUpdates": "plugin.layer_updates",
+    "PredictionWriter": "plugin.predictions",
+    "StreamingCheckpointIO": "plugin.checkpoint_io",
+    "TrainOnly": "plugin.trainable",
+    "TrainingSpeed": "plugin.training_speed",
     "make_plan": "planner.plan",
 }
 

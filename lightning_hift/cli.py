@@ -17,16 +17,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from lightning_hift.callback import HiFTCallback
-from lightning_hift.ddp_strategy import HiFTDDPStrategy
-from lightning_hift.fsdp_strategy import HiFTFSDPStrategy
-from lightning_hift.sharded_checkpoint import consolidate
-from lightning_hift.state_housing import StateHousing
-from lightning_hift.strategy import HiFTStrategy
+from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
+from lightning_hift.distributed.fsdp_strategy import HiFTFSDPStrategy
+from lightning_hift.distributed.sharded_checkpoint import consolidate
+from lightning_hift.plugin.callback import HiFTCallback
+from lightning_hift.plugin.state_housing import StateHousing
+from lightning_hift.plugin.strategy import HiFTStrategy
+from lightning_hift.plugin.trainable import TrainOnly
+from lightning_hift.plugin.training_speed import TrainingSpeed
 from lightning_hift.tasks.export import export_checkpoint
-from lightning_hift.trainable import TrainOnly
 from lightning_hift.trainer import HiFTTrainer
-from lightning_hift.training_speed import TrainingSpeed
 
 _STRATEGIES = (HiFTStrategy, HiFTDDPStrategy, HiFTFSDPStrategy)
 _WITHOUT_A_RUN = ("groups", "plan")

@@ -11,17 +11,17 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.types import _PREDICT_OUTPUT
 from typing_extensions import override
 
-from lightning_hift.attach import find_groups
-from lightning_hift.callback import HiFTCallback, find_callback
-from lightning_hift.lr_scale import lr_scales
-from lightning_hift.memory import parse_bytes
+from lightning_hift.engine.attach import find_groups
+from lightning_hift.engine.lr_scale import lr_scales
+from lightning_hift.groups.report import describe_groups
+from lightning_hift.planner.memory import parse_bytes
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
 from lightning_hift.planner.report import plot_plan, write_markdown
 from lightning_hift.planner.setup import Setup
-from lightning_hift.predictions import PredictionWriter
-from lightning_hift.report import describe_groups
-from lightning_hift.strategy import HiFTStrategy
-from lightning_hift.trainable import TrainOnly
+from lightning_hift.plugin.callback import HiFTCallback, find_callback
+from lightning_hift.plugin.predictions import PredictionWriter
+from lightning_hift.plugin.strategy import HiFTStrategy
+from lightning_hift.plugin.trainable import TrainOnly
 
 
 class HiFTTrainer(pl.Trainer):

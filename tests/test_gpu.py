@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_hift import HiFTDDPStrategy, HiFTEngine, HiFTFSDPStrategy, HiFTStrategy, StateOffloader
-from lightning_hift.sharded_checkpoint import consolidate
+from lightning_hift.distributed.sharded_checkpoint import consolidate
 from tests.models import Automatic, Net, as_published, assert_same_weights, loader, trainer
 from tests.processes import Processes
 
@@ -159,7 +159,7 @@ def test_exposed_milliseconds_are_measured(prefetch):
 
 
 def test_refused_page_lock_is_forgotten():
-    from lightning_hift.host_memory import page_lock
+    from lightning_hift.offload.host_memory import page_lock
 
     memory = torch.empty(2**20, dtype=torch.uint8)
     page_lock(memory, torch.device("cuda"))

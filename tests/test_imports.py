@@ -128,7 +128,8 @@ def test_importing_the_package_brings_in_neither_transformers_nor_lightning():
         pytest.param("import lightning.pytorch as pl; import lightning_hift", marks=pytest.mark.slow),
         pytest.param("from lightning_hift import HiFTModule; import lightning.pytorch as pl", marks=pytest.mark.slow),
         pytest.param(
-            "from lightning_hift.callback import HiFTCallback; import lightning.pytorch as pl", marks=pytest.mark.slow
+            "from lightning_hift.plugin.callback import HiFTCallback; import lightning.pytorch as pl",
+            marks=pytest.mark.slow,
         ),
     ],
 )

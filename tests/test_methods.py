@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from lightning_hift import HiFTCallback, HiFTCLI, HiFTStrategy, MeZO, packaged_optimizers
-from lightning_hift.optimizer_checks import check_optimizer
+from lightning_hift.engine.optimizer_checks import check_optimizer
 from lightning_hift.packaged_optimizers import GaLoreAdamW, OffloadedAdamW
 from lightning_hift.tasks.adapters import add_adapter
 from lightning_hift.tasks.network import NetworkSource, build_network, peft_task_type

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hift.engine import HiFTEngine
-from lightning_hift.offload import Offload, StateOffloader
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.offload.offloader import Offload, StateOffloader
 
 _WIDTH, _STEPS, _STEPS_ON_BOTH = 4096, 500, 25
 

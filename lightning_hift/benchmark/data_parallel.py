@@ -40,8 +40,8 @@ from lightning_hift.benchmark.speed import (
     make_batches,
     train_with_lightning,
 )
-from lightning_hift.ddp_strategy import HiFTDDPStrategy
-from lightning_hift.grouping import find_layer_units
+from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
+from lightning_hift.groups.grouping import find_layer_units
 from lightning_hift.table import format_markdown
 
 

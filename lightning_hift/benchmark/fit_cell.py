@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from typing_extensions import override
 
 from lightning_hift.benchmark.kinds import Planned
-from lightning_hift.callback import find_callback
 from lightning_hift.cli import HiFTCLI, WarningsOnly
+from lightning_hift.plugin.callback import find_callback
 from lightning_hift.trainer import HiFTTrainer
 
 _MORE_THAN_ANY = 10**6  # layer units

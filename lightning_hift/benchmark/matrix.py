@@ -25,7 +25,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from lightning_hift.benchmark.axis_values import Entry, choices_of, existing_path, fill_in, matches
-from lightning_hift.memory import parse_bytes
+from lightning_hift.planner.memory import parse_bytes
 
 BUDGET = "budget"
 """The axis of equal steps and equal time."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lightning_hift.benchmark.memory_rows import MODELS, Row
-from lightning_hift.memory import CONTEXT_BYTES
 from lightning_hift.planner.forecast import forecast, smallest_budget
+from lightning_hift.planner.memory import CONTEXT_BYTES
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks import CausalLM

@@ -12,7 +12,7 @@ from lightning_hift.benchmark.memory_plan import PlannedRow, plan_row
 from lightning_hift.benchmark.memory_rows import GIB, Target, find_row
 from lightning_hift.benchmark.records import Record
 from lightning_hift.benchmark.report import measured_on, missing_runs, number_text, size_text, write_csv
-from lightning_hift.memory import CONTEXT_BYTES
+from lightning_hift.planner.memory import CONTEXT_BYTES
 from lightning_hift.table import format_bytes, format_markdown
 
 _LABELS = {

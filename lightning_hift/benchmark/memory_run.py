@@ -19,10 +19,10 @@ from lightning_hift.benchmark.correctness import compare_weights
 from lightning_hift.benchmark.kinds import Skipped
 from lightning_hift.benchmark.memory_plan import PlannedRow
 from lightning_hift.benchmark.memory_rows import MODELS
-from lightning_hift.callback import HiFTCallback, find_callback
-from lightning_hift.grouping import find_layer_units
-from lightning_hift.memory import process_memory
-from lightning_hift.strategy import HiFTStrategy
+from lightning_hift.groups.grouping import find_layer_units
+from lightning_hift.planner.memory import process_memory
+from lightning_hift.plugin.callback import HiFTCallback, find_callback
+from lightning_hift.plugin.strategy import HiFTStrategy
 from lightning_hift.tasks import CausalLM
 
 _REFERENCE_WARM_UP, _REFERENCE_STEPS = 3, 10

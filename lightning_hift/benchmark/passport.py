@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_hift.memory import available_host_memory
+from lightning_hift.planner.memory import available_host_memory
 
 _PACKAGES = ("torch", "lightning", "transformers", "torchao", "lightning-hift")
 

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_hift.allocations import AllocationTracker
 from lightning_hift.benchmark.run_meter import RunMeter, Seconds, state_bytes_on_device
-from lightning_hift.callback import find_callback
-from lightning_hift.memory import process_memory
-from lightning_hift.training_speed import count_tokens
+from lightning_hift.planner.allocations import AllocationTracker
+from lightning_hift.planner.memory import process_memory
+from lightning_hift.plugin.callback import find_callback
+from lightning_hift.plugin.training_speed import count_tokens
 
 _MOST_POINTS = 200  # of the curve of training loss
 _MOST_SETS = 48  # of parameters that train together, of which the memory is looked at

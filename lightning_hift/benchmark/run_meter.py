@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.callback import find_callback
-from lightning_hift.state_tree import count_bytes
+from lightning_hift.offload.state_tree import count_bytes
+from lightning_hift.plugin.callback import find_callback
 
 
 class Seconds(NamedTuple):

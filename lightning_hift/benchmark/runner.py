@@ -32,7 +32,7 @@ from lightning_hift.benchmark.kinds import kind_of
 from lightning_hift.benchmark.matrix import BUDGET, EQUAL_STEPS, EQUAL_TIME, Benchmark, Cell
 from lightning_hift.benchmark.passport import make_passport
 from lightning_hift.benchmark.records import Record, append_record, read_records
-from lightning_hift.memory import process_memory
+from lightning_hift.planner.memory import process_memory
 
 SCHEMA = 1
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "error", "wer", "cer")

@@ -25,8 +25,8 @@ from lightning_hift.benchmark.kinds import check_options
 from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.records import Record
 from lightning_hift.benchmark.report import number_text, write_tables
-from lightning_hift.callback import HiFTCallback
-from lightning_hift.grouping import find_layer_units
+from lightning_hift.groups.grouping import find_layer_units
+from lightning_hift.plugin.callback import HiFTCallback
 from lightning_hift.table import format_markdown
 
 Batches = Sequence[tuple[Tensor, Tensor]]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_hift.allocations import Needs
-from lightning_hift.grouping import LayerGroup, LayerUnit
-from lightning_hift.master_weights import resolve_master_weights
-from lightning_hift.memory import (
+from lightning_hift.groups.grouping import LayerGroup, LayerUnit
+from lightning_hift.planner.allocations import Needs
+from lightning_hift.planner.exchange import Exchange, exchange_of, shard_of, weight_bytes
+from lightning_hift.planner.memory import (
     CONTEXT_BYTES,
     GroupBytes,
     StateBytes,
     group_bytes,
 )
-from lightning_hift.planner.exchange import Exchange, exchange_of, shard_of, weight_bytes
 from lightning_hift.planner.partition import Division, divide
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
+from lightning_hift.precision.master_weights import resolve_master_weights
 from lightning_hift.table import format_bytes
 
 _EIGHT_BIT = 2 * (1 + 4 / 256)  # two codes a parameter, and one float32 scale for each block of 256

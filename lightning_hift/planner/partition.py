@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_hift.memory import GroupBytes
-from lightning_hift.row_slices import cut_into_turns
-from lightning_hift.state_partition import divide_turn
+from lightning_hift.engine.row_slices import cut_into_turns
+from lightning_hift.engine.state_partition import divide_turn
+from lightning_hift.planner.memory import GroupBytes
 
 
 @dataclass(frozen=True)

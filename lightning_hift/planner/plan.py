@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.planner.forecast import Forecast, GroupPlan, forecast
 from lightning_hift.planner.made_up_batch import ComputeLoss
 from lightning_hift.planner.proposal import propose
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
-from lightning_hift.selection import SelectionPolicy
 
 SUSTAINED_FLOPS = 125e12
 """Assumed: 40 % of the dense bf16 peak of an A100."""

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
-from lightning_hift.grouping import GroupSize, check_group_size
-from lightning_hift.master_weights import MasterWeights, resolve_master_weights
+from lightning_hift.groups.grouping import GroupSize, check_group_size
 from lightning_hift.planner.workload import parse_precision
+from lightning_hift.precision.master_weights import MasterWeights, resolve_master_weights
 
 Strategy = Literal["hift", "hift_ddp", "hift_fsdp"]
 

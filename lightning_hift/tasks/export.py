@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.tasks.model_card import model_card
 from lightning_hift.tasks.network import DType
 from lightning_hift.tasks.run_facts import Facts, run_facts

@@ -16,7 +16,7 @@ from torchmetrics.text import SacreBLEUScore
 from typing_extensions import override
 
 from lightning_hift.data.tokenizer import load_tokenizer
-from lightning_hift.sharded_tensors import is_sharded
+from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.tasks.adapters import of_own_tokens
 from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.metric_precision import full_precision

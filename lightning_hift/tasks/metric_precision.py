@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
-from lightning_hift.master_weights import HALF_DTYPES
+from lightning_hift.precision.master_weights import HALF_DTYPES
 
 
 def full_precision(values: Tensor) -> Tensor:

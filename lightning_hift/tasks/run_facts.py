@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hift.callback import find_callback
-from lightning_hift.schedule import SweepSchedule
-from lightning_hift.trainable import TrainOnly
+from lightning_hift.groups.schedule import SweepSchedule
+from lightning_hift.plugin.callback import find_callback
+from lightning_hift.plugin.trainable import TrainOnly
 
 if TYPE_CHECKING:
     from lightning_hift.tasks.transformer import TransformerModule

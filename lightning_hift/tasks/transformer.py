@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_hift.late_value import LateValue
-from lightning_hift.lr_forecast import SPANS_RUN
-from lightning_hift.module import HiFTModule
+from lightning_hift.engine.lr_forecast import SPANS_RUN
+from lightning_hift.plugin.late_value import LateValue
+from lightning_hift.plugin.module import HiFTModule
+from lightning_hift.plugin.training_speed import TrainingSpeed
 from lightning_hift.tasks.adapters import RankAllocation, add_adapter
 from lightning_hift.tasks.export import EXPORT_KEY, ExportRecord, check_labels, read_tokenizer_files, save_pretrained
 from lightning_hift.tasks.metric_precision import FullPrecisionMetrics, full_precision_default
@@ -36,7 +37,6 @@ from lightning_hift.tasks.network import (
     tell_padding,
 )
 from lightning_hift.tasks.weight_decay import decay_groups
-from lightning_hift.training_speed import TrainingSpeed
 
 _RANKS_KEY = "adalora_ranks"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hift.transfers import Transfers
+from lightning_hift.offload.transfers import Transfers
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

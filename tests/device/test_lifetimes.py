@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_hift import HFT, LISA, HiFTEngine, StateOffloader
-from lightning_hift.host_memory import HostMemory
+from lightning_hift.offload.host_memory import HostMemory
 from tests.matrices import crossed
 from tests.models import Net, adamw, next_token_loss, tokens
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_hift.benchmark.gpu_check.networks import build_network, next_token_loss, random_tokens
 from lightning_hift.benchmark.gpu_check.stage import Context, Measure
-from lightning_hift.engine import HiFTEngine
-from lightning_hift.offload import Offload, StateOffloader
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.offload.offloader import Offload, StateOffloader
 
 _LEARNING_RATE = 1e-3
 _BATCHES = 8

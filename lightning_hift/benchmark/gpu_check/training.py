@@ -24,9 +24,9 @@ from lightning_hift.benchmark.gpu_check.profiling import profile
 from lightning_hift.benchmark.gpu_check.sizes import ModelSize, Shape
 from lightning_hift.benchmark.gpu_check.stage import Context, Measure
 from lightning_hift.benchmark.kinds import Skipped
-from lightning_hift.engine import HiFTEngine
-from lightning_hift.memory import available_host_memory, process_memory
-from lightning_hift.offload import StateOffloader
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.offload.offloader import StateOffloader
+from lightning_hift.planner.memory import available_host_memory, process_memory
 from lightning_hift.table import format_bytes
 
 ATTACH, FREED, PROFILE = "hift, first sweep", "hift, closed", "hift, profile"

@@ -1,0 +1,1 @@
+"""What forward passes keep for backward passes, and how to keep less."""

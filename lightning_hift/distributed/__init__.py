@@ -1,0 +1,1 @@
+"""The strategies of several processes, and what only they need."""

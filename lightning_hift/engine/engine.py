@@ -1,0 +1,714 @@
+"""One optimizer under HiFT, in plain torch: which parameters train now, and where their optimizer state is.
+
+The optimizer stays the user's own, of its own class. Three facts of ``torch.optim`` carry the whole method: a parameter
+without gradient is skipped by ``step``; state is looked up per parameter; and hooks run around ``step``, ``state_dict``
+and ``load_state_dict``. So the engine freezes all groups but those that its policy selects, lends the optimizer the
+state of one group at a time for the length of its step, and keeps all other state out of ``optimizer.state``, where no
+foreign code can move or cast it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hift.engine.lr_scale import LRScale, lr_scales_for
+from lightning_hift.engine.optimizer_checks import (
+    check_counts,
+    check_divisible,
+    check_optimizer,
+    check_resettable,
+    counts_of,
+)
+from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
+from lightning_hift.engine.proof import FirstSweepProof, SweepReport
+from lightning_hift.engine.row_slices import Piece, cut_into_turns, steps_element_wise
+from lightning_hift.engine.state_partition import UndividedState
+from lightning_hift.engine.step_view import StepView, Turn
+from lightning_hift.groups.fingerprint import check_fingerprint, make_fingerprint
+from lightning_hift.groups.grouping import LayerGroup, LayerUnit
+from lightning_hift.groups.selection import SelectionPolicy
+from lightning_hift.offload.offloader import StateOffloader
+from lightning_hift.offload.sharded_tensors import is_sharded
+from lightning_hift.precision.master_weights import MasterWeights, resolve_master_weights
+
+ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
+_CHECKPOINT_KEY = "hift"
+_ALWAYS = "always"  # owner of the counters of always-active units
+
+
+class StepWatcher(Protocol):
+    """Looks at the weights around each step, in 32 bits where there are masters."""
+
+    def before_step(self, pieces: Sequence[Piece]) -> None:
+        """``pieces`` are about to be stepped, by their handles; with slices, several times per step.
+
+        Where other processes step some of them (see ``HiFTEngine.partition``), they are those that this one steps.
+        """
+
+    def after_step(self) -> None:
+        """They were stepped."""
+
+
+class HiFTEngine:
+    """Trains the parameters of one optimizer one layer group at a time (HiFT, arXiv 2401.15207), or by another policy.
+
+    In a plain training loop nothing else changes::
+
+        engine = HiFTEngine.attach(model, optimizer)
+        for batch in batches:
+            model(batch).backward()
+            optimizer.step()  # steps the active group, then hands over to the next one
+
+    Args:
+        optimizer: Any optimizer of ``torch.optim``'s kind that steps parameter by parameter.
+        groups: Layer groups over the trainable parameters of ``optimizer``.
+        policy: Which groups train at which step; bound to ``groups``.
+        always_active: Units that train at every step, in no group.
+        offloader: Keeps the state; default: in host memory, for the device of the parameters.
+        advance_on_step: Start with the first group now, and hand over to the next one after each ``optimizer.step``.
+            Without it, the caller announces each step by ``announce_step`` and switches groups by ``activate``.
+        held_back: Parameters that were frozen for this run and become trainable again on ``close``.
+        master_weights: For weights in 16 bits: ``"full"`` keeps float32 masters (4 bytes a parameter), ``"split"`` the
+            16-bit remainders of bfloat16 weights (2 bytes, the same result), ``"none"`` rounds every update to 16 bits;
+            ``"auto"`` splits bfloat16 and keeps full masters of float16.
+        weights_dtype: Round the weights to this dtype now, after masters were taken from them.
+        max_group_numel: Step larger groups in slices of rows with at most so many elements, so that the device holds
+            the state of one slice only. For optimizers that work element by element.
+        lr_scale: By what to multiply the learning rate while a layer group is stepped, or ``"auto"``, by how rarely it
+            trains; see ``lr_scales``. Always-active units are stepped with the learning rate as it is.
+        partition: Which process keeps and steps what; default: this one everything. See ``StatePartition``.
+
+    Raises:
+        ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
+            that have none, or slices for an optimizer that does not work element by element.
+        TypeError: The optimizer cannot step one group at a time, or its state cannot be reset as the policy asks, or
+            not be divided among processes.
+        RuntimeError: The optimizer is already under another engine.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: Sequence[LayerGroup],
+        policy: SelectionPolicy,
+        always_active: Sequence[LayerUnit] = (),
+        offloader: StateOffloader | None = None,
+        advance_on_step: bool = True,
+        held_back: Sequence[nn.Parameter] = (),
+        master_weights: MasterWeights = "auto",
+        weights_dtype: torch.dtype | None = None,
+        max_group_numel: int | None = None,
+        lr_scale: LRScale = 1.0,
+        partition: UndividedState | None = None,
+    ) -> None:
+        check_optimizer(optimizer)
+        self.partition = partition or UndividedState()
+        """Which process keeps and steps what."""
+        if self.partition.world_size > 1:
+            check_divisible(optimizer)
+        if policy.state_handling == "reset":
+            check_resettable(optimizer)
+        self.optimizer = optimizer
+        self.groups = tuple(groups)
+        self.policy = policy
+        self.always_active = tuple(always_active)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for unit in (*(unit for group in self.groups for unit in group.units), *self.always_active):
+            self.parameters |= unit.parameters
+        self.step = 0
+        self._advance_on_step = advance_on_step
+        self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
+        self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
+        self._held_back = tuple(held_back)
+        self._check_ownership()
+        cut = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
+        always = cut_into_turns([p for unit in self.always_active for p in unit.parameters.values()], None)
+        self._check_slicing(max_group_numel, cut)
+        self.partition.assign(pieces for turns in (*cut, always) for pieces in turns)
+        dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
+        masters = resolve_master_weights(master_weights, dtypes)
+        if masters != "none" and not self._needs_gradient:
+            raise ValueError(
+                f"Got master_weights={master_weights!r}, but {type(optimizer).__name__} moves the weights that the"
+                " forward pass reads. Use master_weights='none', or precision='32-true'."
+            )
+
+        device = next(iter(self.parameters.values())).device
+        self.offloader = offloader or StateOffloader(device)
+        self._turns = [[self._make_turn(i, pieces) for pieces in turns] for i, turns in enumerate(cut)]
+        self._fixed = self._make_turn(_ALWAYS, always[0], stays=True)
+        self._view = StepView(optimizer, self.offloader, masters)
+        every_turn = [*(turn for turns in self._turns for turn in turns), self._fixed]
+        self._state = OptimizerState(optimizer, self._view, self.offloader, every_turn, self.partition)
+        self._active: list[nn.Parameter] = []
+        self._step_counted = False  # at most once per activate
+        self._step_announced = False  # once per optimizer.step
+        self._closed = False
+        self._shown: list[Turn] = []  # which are being stepped, here or elsewhere
+        self._has_all_state = self.partition.world_size == 1
+        self._proof = FirstSweepProof(self.parameters, len(self.groups)) if self._needs_gradient else None
+        self.watchers: list[StepWatcher] = []
+        self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
+        self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
+        self._counters_on_load: list[Any] = []
+        self._untrained = policy.state_dict()
+        self._trained: tuple[LayerGroup, ...] | None = None  # those that may have state, if it is reset; None: all
+        self._num_owned = len(parameters_of(optimizer))
+
+        other: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
+        if other is not None:
+            other._refuse_part()
+        inherited = {} if other is None else other._state.masters()
+        self._take_over_from(other)
+        self._active_groups = self._select()
+        self._state.adopt()
+        self._state.keep_apart()
+        self._state.make_masters(weights_dtype, inherited)
+        optimizer._hift_engine = self  # type: ignore[attr-defined]
+        self._counts: dict[str, Any] = {}
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]  # it may call no hooks
+        for name in ("train", "eval"):  # schedule-free optimizers move all weights between two points
+            if callable(getattr(optimizer, name, None)):
+                setattr(optimizer, name, partial(self._switch, name))
+        optimizer.__getstate__ = self._get_state  # type: ignore[method-assign]  # for copies and pickles
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._complete_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._divert_state_dict),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        if advance_on_step:
+            self.activate()
+
+    @classmethod
+    def attach(cls, model: nn.Module, optimizer: Optimizer, **options: Any) -> HiFTEngine:
+        """Attach an engine to the only optimizer of ``model``; see ``attach_engines`` for the options and errors."""
+        from lightning_hift.engine.attach import attach_engines  # which makes engines, and so imports this module
+
+        return attach_engines(model, [optimizer], **options)[0]
+
+    # --- what is going on ---------------------------------------------------------------------------------------------
+
+    @property
+    def active_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups that train now, from the input upwards; with HiFT it is one."""
+        return self._active_groups
+
+    @property
+    def active_group(self) -> LayerGroup:
+        """The group that trains now; of several, the one nearest to the input."""
+        return self._active_groups[0]
+
+    @property
+    def active_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train now: those of the active groups and of the always-active units."""
+        return list(self._active)
+
+    @property
+    def master_weights(self) -> str:
+        """How masters are kept: ``"full"``, ``"split"`` or ``"none"``."""
+        return self._view.master_weights
+
+    @property
+    def sweep(self) -> int:
+        """Number of finished sweeps."""
+        return self.policy.sweep_at(self.step)
+
+    @property
+    def at_sweep_start(self) -> bool:
+        """Whether the next step is the first one of a sweep."""
+        return self.policy.starts_sweep(self.step)
+
+    @property
+    def learning_rate(self) -> float | Tensor | None:
+        """What the active groups are stepped with, ``lr_scale`` included; the largest, if their parameters differ.
+
+        ``None`` where the optimizer has no learning rate.
+        """
+        scaled = {p: self.lr_scales[group.index] for group in self._active_groups for p in group.parameters.values()}
+        rates = [
+            group["lr"] * max(scales)
+            for group in self.optimizer.param_groups
+            if group.get("lr") is not None and (scales := [scaled[p] for p in group["params"] if p in scaled])
+        ]
+        return max(rates, default=None)
+
+    def first_sweep_report(self) -> SweepReport | None:
+        """What the first sweep did, once, as soon as it is over. ``None`` before that, and in a resumed run.
+
+        With a policy whose sweeps leave groups out, at the end of the sweep with which every group has had a turn.
+        Where processes share the state, all of them have to ask after the same step.
+        """
+        if self._proof is None or not self._proof.is_complete:
+            return None
+        report, self._proof = self._proof.report(self.partition.sum), None
+        return report
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        """Make the current step's groups trainable and freeze all others. Repeating it changes nothing.
+
+        Raises:
+            RuntimeError: After the engine was attached, parameters were added to the optimizer, frozen, or moved.
+        """
+        self._check_unchanged()
+        self._active_groups = self._select()
+        units = (*(unit for group in self._active_groups for unit in group.units), *self.always_active)
+        self._active = [p for unit in units for p in unit.parameters.values()]
+        self.freeze()
+        self._step_counted = False
+        self._view.cancel()
+        self._reset_inactive()
+        self._hold_first(self._active_groups)
+
+    def freeze(self) -> None:
+        """Let ``requires_grad`` be true for what trains now, and for nothing else."""
+        active = set(self._active)
+        for p in self._held_back:
+            p.requires_grad_(False)
+        for p in self.parameters.values():
+            p.requires_grad_(p in active)
+            if p not in active:
+                p.grad = None  # a frozen parameter with a leftover gradient would still be stepped
+
+    def unfreeze(self) -> None:
+        """Let ``requires_grad`` be the user's own, for what is saved or copied before the next ``activate``."""
+        for p in (*self.parameters.values(), *self._held_back):
+            p.requires_grad_(True)
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Let a policy that learns see the loss, shape (), of the step under way. Call it before ``optimizer.step``.
+
+        The ``HiFTCallback`` does so, and what a closure returns is seen anyway. The value is not waited for.
+        """
+        self.policy.observe(self.step - self._step_counted, torch.as_tensor(loss).detach())
+
+    def _select(self) -> tuple[LayerGroup, ...]:
+        """The groups of the current step, by the policy."""
+        chosen = self.policy.groups_at(self.step)
+        if not chosen or not set(chosen) <= set(range(len(self.groups))):
+            raise ValueError(
+                f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}; it must name one or several"
+                f" of the groups 0 to {len(self.groups) - 1}."
+            )
+        if self.policy.most_groups is not None and len(set(chosen)) > self.policy.most_groups:
+            raise ValueError(
+                f"{type(self.policy).__name__}.groups_at({self.step}) returned {chosen!r}, more than its most_groups,"
+                f" {self.policy.most_groups}. Let most_groups be as many, or None if it depends."
+            )
+        return tuple(self.groups[index] for index in sorted(set(chosen)))
+
+    def _reset_inactive(self) -> None:
+        """Drop the state of groups that do not train any more, if the policy says so."""
+        if self.policy.state_handling == "reset":
+            for group in self.groups if self._trained is None else self._trained:
+                for turn in self._turns[group.index] if group not in self._active_groups else ():
+                    self._state.reset(turn)
+            self._trained = self._active_groups
+
+    def _check_unchanged(self) -> None:
+        if len(parameters_of(self.optimizer)) != self._num_owned:
+            raise RuntimeError(
+                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
+                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
+                " later, do so between two calls of fit."
+            )
+        # Before the first step everything is trainable; a plain loop still has the active group as it was set. (Modules
+        # with several optimizers may freeze and unfreeze in between.)
+        expected = list(self.parameters.values()) if not self._active else self._active if self._advance_on_step else []
+        names = {id(p): name for name, p in self.parameters.items()}
+        frozen = [names[id(p)] for p in expected if not p.requires_grad]
+        if frozen:
+            raise RuntimeError(
+                f"{frozen[:8]} were frozen after HiFT had put them into layer groups. Freeze them earlier (in __init__"
+                " or configure_model), or name them in frozen=[...]."
+            )
+        kept_for = self.offloader.device
+        moved = [p for p in self._active or expected if p.device.type != kept_for.type]
+        if moved:
+            raise RuntimeError(
+                f"The parameters are on {moved[0].device}, but the optimizer state is kept for {kept_for}. Move the"
+                " model before HiFT is attached to its optimizer."
+            )
+
+    def announce_step(self) -> None:
+        """Count an attempt to step, whether or not the optimizer is then allowed to. Counts once per ``activate``."""
+        self._step_announced = True
+        if not self._step_counted:
+            self.step += 1
+            self._step_counted = True
+            if self._proof is not None:
+                self._proof.count_step([group.index for group in self._active_groups], self.at_sweep_start)
+
+    def check_gradients(self) -> None:
+        """Refuse to step groups that the backward pass did not reach.
+
+        Raises:
+            RuntimeError: No active parameter has a gradient.
+        """
+        if self._needs_gradient and all(p.grad is None for p in self._active):
+            raise RuntimeError(self.explain_missing_gradient())
+
+    def explain_missing_gradient(self) -> str:
+        """Why the active groups may have received no gradient, and what to do about it."""
+        names = [f"{group.index} ({group.name})" for group in self._active_groups]
+        if len(names) == 1:
+            what = f"Layer group {names[0]} is the only one that trains at this step, but the loss gave it"
+        else:
+            what = f"Only the layer groups {', '.join(names)} train at this step, but the loss gave them"
+        return (
+            f"{what} no gradient. Either the forward pass does not use it: name it in frozen=[...]."
+            " Or activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
+            " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
+        )
+
+    def prepare_step(self, slices: bool = True) -> None:
+        """Put the active group's float32 masters in the place of its 16-bit weights, and float32 gradients likewise.
+
+        ``optimizer.step`` does so by itself. Call it before, once backward is done, to clip in full precision. Without
+        masters it does nothing.
+
+        Args:
+            slices: Also raise the gradients of what is stepped in turns (slices, or one of several active groups), as a
+                whole, which takes 4 bytes an element.
+        """
+        if self._closed or self.master_weights == "none":
+            return
+        self._prepare_whole()
+        if slices:
+            self._view.raise_gradients(self._active)
+
+    def _prepare_whole(self) -> None:
+        """Raise the precision of what is not stepped in turns."""
+        turns = self._turns_of(self._active_groups)
+        for turn in (*(turns if len(turns) == 1 else ()), self._fixed):
+            self._view.prepare(turn)
+
+    def cancel_step(self) -> None:
+        """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
+        self._view.cancel()
+
+    def close(self) -> None:
+        """End the run: all state to the host, ``requires_grad`` as it was before. The optimizer stays usable.
+
+        Its ``state_dict`` goes on to contain all state and the position in the sweep. If it is stepped again without an
+        engine, it first gets all its state back and then is an ordinary optimizer.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.unfreeze()
+        self._view.cancel()
+        self.offloader.release_all()
+        self.offloader.remove_files()
+
+    # --- hooks of the optimizer ---------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_nested(optimizer):
+            return None
+        if self._closed:
+            self._hand_back()
+            return None
+        if self._view.is_shown:
+            self._view.cancel()  # an earlier step has failed half-way
+        # args[0] is the optimizer itself; a closure runs forward and backward inside step.
+        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not self._needs_gradient:  # it moves the weights before it calls its closure
+            self.announce_step()
+        if closure is None or not self._needs_gradient:
+            self._show_all()
+            return None
+
+        def closure_then_state() -> Any:
+            result = closure()
+            if self._advance_on_step and isinstance(result, (Tensor, float)):
+                self.observe(result)
+            self._show_all()
+            return result
+
+        if len(args) > 1:
+            return (args[0], closure_then_state, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_state}
+
+    def _show_all(self) -> None:
+        if self._view.is_shown:
+            return
+        if self._advance_on_step:
+            self.check_gradients()
+            self.announce_step()
+        if not self._step_announced:
+            raise RuntimeError(
+                "The optimizer was stepped behind the back of the Trainer, which bypasses precision, hooks and the step"
+                " count. In training_step, step what self.optimizers() returns (without use_pl_optimizer=False), and"
+                " nowhere else."
+            )
+        self._prepare_whole()
+        # All but the last are stepped here; the step that is under way then does the last one.
+        rounds = [[turn] for turn in (self._fixed, *self._turns_of(self._active_groups)) if turn.pieces]
+        if not self._needs_gradient:  # one closure, so one step for all
+            rounds = [[turn for turns in rounds for turn in turns]]
+        for turns, following in pairwise(rounds):
+            self._show(turns)
+            if any(turn.own for turn in turns):
+                _bare_step(self.optimizer)
+            self._hide(keep_options=turns[-1].owner != following[-1].owner)
+            self.offloader.hold(following[-1].state)
+        self._show(rounds[-1])
+        self._counts = counts_of(self.optimizer)
+
+    def _show(self, turns: list[Turn]) -> None:
+        self._shown, pieces = turns, [piece for turn in turns for piece in turn.own]
+        now, owner = {piece.parameter for piece in pieces}, turns[-1].owner
+        scale = self.lr_scales[owner] if isinstance(owner, int) else 1.0
+        self._view.show(turns, [p for p in self._active if p not in now], scale)
+        for watcher in self._all_watchers():
+            watcher.before_step(pieces)
+
+    def _hide(self, keep_options: bool = True) -> None:
+        for watcher in reversed(self._all_watchers()):
+            watcher.after_step()
+        self._view.hide(keep_options)
+        for turn in self._shown:
+            self.partition.share(turn.pieces)
+
+    def _all_watchers(self) -> list[StepWatcher]:
+        return [*([] if self._proof is None else [self._proof]), *self.watchers]
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._closed or _is_nested(optimizer):
+            return
+        self._hide()
+        self.partition.finish()
+        self._view.lower_gradients()
+        self.offloader.end_step(self.at_sweep_start)
+        check_counts(optimizer, self._counts)
+        self._step_announced = False
+        # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
+        # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
+        if self._advance_on_step or len(self.groups) > 1:
+            for p in self._active:
+                p.grad = None
+        if self._advance_on_step:
+            self.activate()
+            return
+        following = self._select()
+        if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
+            self._hold_first(following)
+
+    def _hold_first(self, groups: Sequence[LayerGroup]) -> None:
+        self.offloader.hold(self._turns_of(groups)[0].state)
+
+    def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        collected = self._state.collect()
+        others = {k: v for k, v in state_dict["state"].items() if k not in range(self._num_owned)}
+        state_dict["state"] = collected.state | others
+        for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
+            for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
+                for key, value in caught_up.items():
+                    is_tensor = isinstance(group[key], torch.Tensor)
+                    group[key] = torch.full_like(group[key], value) if is_tensor else value
+        state_dict[_CHECKPOINT_KEY] = {
+            "step": self.step,
+            "dtypes": collected.dtypes,
+            "masters": collected.masters,
+            "counters": self._view.options.state_dict(),
+            "held": [s.held_state() for s in self.held_schedulers],
+            **({"learned": learned} if (learned := self.policy.state_dict()) else {}),
+            **({} if self._has_all_state else {"part": [self.partition.rank, self.partition.world_size]}),
+            **self._fingerprint(),
+        }
+
+    def _divert_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
+            return None  # torch raises its own error for this
+        position = state_dict.get(_CHECKPOINT_KEY) or {}
+        if "part" in position:
+            rank, world_size = position["part"]
+            raise RuntimeError(
+                f"This is the part of the optimizer's state that process {rank} of {world_size} has kept. Load what"
+                " Trainer.save_checkpoint has written, which is all of it."
+            )
+        if position:
+            check_fingerprint(position, self._fingerprint())
+        rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
+        self.step = position.get("step", 0)
+        self.policy.load_state_dict(position.get("learned", self._untrained))
+        self._active_groups, self._trained = self._select(), None
+        self._held_on_load = (self.step, position["held"]) if position else None
+        self._counters_on_load = position.get("counters", [])
+        self._proof = None
+        if self._active and not self._closed:
+            self.activate()
+        return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """In the place of an optimizer's own ``load_state_dict``."""
+        position = {key: value for key, value in state_dict.items() if key == _CHECKPOINT_KEY}
+        own = {key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY}
+        Optimizer.load_state_dict(self.optimizer, self._state.read_own_format(own) | position)
+
+    def _get_state(self) -> dict[str, Any]:
+        """What copies and pickles hold: an ordinary optimizer with all state, but without masters and counters."""
+        collected, owned = self._state.collect().state, parameters_of(self.optimizer)
+        own: dict[str, Any] = type(self.optimizer).__getstate__(self.optimizer)
+        state = {owned[i]: values for i, values in collected.items()}
+        return {**own, "state": defaultdict(dict, {**own["state"], **state})}
+
+    def _switch(self, name: str) -> None:
+        """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
+        turns = [turn for turn in (*self._turns_of(self.groups), self._fixed) if turn.pieces]
+        for turn, following in pairwise([*turns, None]):
+            assert turn is not None
+            self._view.show([turn], to_step=False)
+            getattr(type(self.optimizer), name)(self.optimizer)
+            self._view.hide(keep_options=following is None or turn.owner != following.owner)
+            self.offloader.hold(None)
+        if not self._closed:
+            self._hold_first(self._select())
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._state.keep_apart()
+        self._view.options.load_state_dict(self._counters_on_load)
+        self._trained = None
+        if self._active and not self._closed:
+            self._reset_inactive()
+        for scheduler in self.held_schedulers:
+            self.restore_held(scheduler)
+
+    def restore_held(self, scheduler: Any) -> None:
+        """Give a scheduler what the checkpoint that was loaded holds back for it, if no step was made since."""
+        if self._held_on_load is None or self._held_on_load[0] != self.step:
+            return
+        index, held = self.held_schedulers.index(scheduler), self._held_on_load[1]
+        if index < len(held):
+            scheduler.restore_held(held[index])
+
+    @contextmanager
+    def gathered(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+        """In this context, which all processes enter together, the first one's ``optimizer.state_dict()`` is whole.
+
+        Args:
+            directory: Where the first process puts files for what the others have kept.
+            group: All processes, over a backend for tensors on the host; default: the default group.
+
+        Raises:
+            OSError: In all processes: the disk of the first one is full.
+        """
+        self._state.gather(directory, group)
+        self._has_all_state = self.partition.rank == 0
+        try:
+            yield
+        finally:
+            self._state.forget_others()
+            self._has_all_state = self.partition.world_size == 1
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _make_turn(self, owner: int | str, pieces: list[Piece], stays: bool = False) -> Turn:
+        own = [piece for piece in pieces if self.partition.owns(piece)]
+        return Turn(owner, pieces, own, self.offloader.add([piece.handle for piece in own], stays))
+
+    def _turns_of(self, groups: Sequence[LayerGroup]) -> list[Turn]:
+        """What is stepped together, turn by turn."""
+        return [turn for group in groups for turn in self._turns[group.index]]
+
+    def _check_ownership(self) -> None:
+        grouped = {id(p): name for name, p in self.parameters.items()}
+        owned = {id(p): p for p in parameters_of(self.optimizer)}
+        strangers = [p for i, p in owned.items() if p.requires_grad and i not in grouped]
+        if strangers:
+            raise ValueError(
+                f"The optimizer holds {len(strangers)} trainable parameters that no layer group has, of shapes"
+                f" {[tuple(p.shape) for p in strangers[:4]]}; they would train at every step. Build the optimizer from"
+                " the parameters of the module that is trained."
+            )
+        orphans = [name for i, name in grouped.items() if i not in owned]
+        if orphans:
+            raise ValueError(f"No optimizer holds the parameters {orphans[:8]} of the layer groups. {ORPHAN_REMEDY}")
+
+    def _take_over_from(self, other: HiFTEngine | None) -> None:
+        if other is None:
+            return
+        if not other._closed:
+            raise RuntimeError(
+                "This optimizer is already under HiFT. Use one engine per optimizer, and close it before attaching the"
+                " next one."
+            )
+        if other._fingerprint() == self._fingerprint():
+            self.step, self._proof = other.step, None
+            self.policy.load_state_dict(other.policy.state_dict())
+        other._hand_back(to_device=False)
+
+    def _check_slicing(self, max_group_numel: int | None, cut: Sequence[Sequence[Any]]) -> None:
+        if max_group_numel is not None and max_group_numel < 1:
+            raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
+        if any(is_sharded(p) for p in self.parameters.values()) and not steps_element_wise(self.optimizer):
+            raise ValueError(
+                f"{type(self.optimizer).__name__} does not compute the same for parts of a parameter as for the whole,"
+                " but the parameters are sharded over processes. Use an element-wise optimizer, such as"
+                " torch.optim.AdamW, or strategy='hift_ddp', with which each process has whole parameters."
+            )
+        sliced = [group for group, turns in zip(self.groups, cut, strict=True) if len(turns) > 1]
+        if sliced and not steps_element_wise(self.optimizer):
+            largest = max(sliced, key=lambda group: group.numel)
+            raise ValueError(
+                f"Got max_group_numel={max_group_numel:,}, and group {largest.name} has {largest.numel:,} elements, but"
+                f" {type(self.optimizer).__name__} does not compute the same for slices as for the whole."
+                " Use an element-wise optimizer, such as torch.optim.AdamW, or leave max_group_numel out."
+            )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales)
+
+    def _hand_back(self, to_device: bool = True) -> None:
+        """Give the optimizer all its state and leave it alone from now on."""
+        self._refuse_part()
+        for hook in self._hooks:
+            hook.remove()
+        del self.optimizer._hift_engine  # type: ignore[attr-defined]
+        for name in ("load_state_dict", "train", "eval", "__getstate__"):
+            vars(self.optimizer).pop(name, None)
+        self._state.hand_back(to_device)
+
+    def _refuse_part(self) -> None:
+        if self.partition.world_size > 1:
+            raise RuntimeError(
+                "The state of this optimizer is divided among processes, so it cannot be used without the engine that"
+                " it was under. Return a new one from configure_optimizers, and resume from a checkpoint."
+            )
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether the step around is part of another one: a class whose step calls that of its base runs hooks twice."""
+    wrapper = getattr(type(optimizer).step, "__code__", None)
+    current: FrameType | None = sys._getframe(1)
+    count = 0
+    while current is not None and count < 2:
+        if current.f_code is wrapper and current.f_locals["args"][0] is optimizer:
+            count += 1
+        current = current.f_back
+    return count > 1
+
+
+def _bare_step(optimizer: Optimizer) -> None:
+    """One step without the hooks around it."""
+    step = type(optimizer).step
+    getattr(step, "__wrapped__", step)(optimizer)

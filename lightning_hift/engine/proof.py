@@ -1,0 +1,106 @@
+"""Evidence, gathered until every group has trained, that every trainable parameter was really updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hift.engine.row_slices import Piece
+
+_PART = 2**22  # elements
+
+
+class SweepReport(NamedTuple):
+    """What the first sweep did, or all sweeps until every group had a turn.
+
+    Args:
+        num_parameters: How many parameters were watched.
+        without_gradient: Names of those that never received a gradient.
+        unchanged: Names of those that received one but kept their value (a learning rate of 0, or a gradient of 0).
+        skipped: Names of those whose step was skipped, because the gradients overflowed or a batch gave no loss.
+    """
+
+    num_parameters: int
+    without_gradient: list[str]
+    unchanged: list[str]
+    skipped: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter moved."""
+        return not (self.without_gradient or self.unchanged or self.skipped)
+
+
+class FirstSweepProof:
+    """Compares a checksum of each parameter before and after its steps, on the device and without waiting for it."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], num_groups: int) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if p.numel() > 0}
+        self._stepped: set[nn.Parameter] = set()
+        self._with_gradient: set[nn.Parameter] = set()
+        self._before: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
+        self._moved: dict[nn.Parameter, Tensor] = {}
+        self._unvisited = set(range(num_groups))
+        self._proven: set[nn.Parameter] = set()  # known to have moved
+        self._sweep_ended = False
+        self._over = False
+        self.is_complete = False
+        """Whether all groups have had a turn, and the sweep of the last one is over."""
+
+    def count_step(self, groups: Iterable[int], ends_sweep: bool) -> None:
+        """A step of these groups begins; the first one after the proof is complete ends it.
+
+        Where it takes several sweeps, waits for the device once after each, to leave alone what is known to have moved.
+        """
+        self._over = self.is_complete
+        if self._sweep_ended and not self._over:
+            self._proven.update(p for p, moved in self._moved.items() if moved.item())
+        self._sweep_ended = ends_sweep
+        self._unvisited.difference_update(groups)
+        self.is_complete |= ends_sweep and not self._unvisited
+
+    def before_step(self, pieces: Iterable[Piece]) -> None:
+        """Note which of the pieces have a gradient, and their checksums."""
+        for piece in () if self._over else pieces:
+            self._stepped.add(piece.parameter)
+            if piece.handle.grad is not None and piece.handle.numel() > 0 and piece.parameter not in self._proven:
+                self._with_gradient.add(piece.parameter)
+                self._before.append((piece.parameter, piece.handle, _checksum(piece.handle)))
+
+    def after_step(self) -> None:
+        """Compare the checksums with those taken before the step."""
+        for p, handle, before in self._before:
+            moved = (_checksum(handle) != before).any()
+            self._moved[p] = self._moved[p] | moved if p in self._moved else moved
+        self._before = []
+
+    def report(self, sum_parts: Callable[[Tensor], Tensor]) -> SweepReport:
+        """The result; waits for the device.
+
+        Args:
+            sum_parts: Of numbers that several processes have found, each about what it steps, makes the sum of all.
+        """
+        moved = {p for p, flag in self._moved.items() if flag.item()}
+        seen = (self._stepped, self._with_gradient, moved)
+        counts = torch.tensor([[p in each for each in seen] for p in self._parameters.values()], dtype=torch.int32)
+        flags = dict(zip(self._parameters, sum_parts(counts).bool().tolist(), strict=True))
+        return SweepReport(
+            len(flags),
+            without_gradient=[n for n, (stepped, with_gradient, _) in flags.items() if stepped and not with_gradient],
+            unchanged=[n for n, (_, with_gradient, moved) in flags.items() if with_gradient and not moved],
+            skipped=[n for n, (stepped, *_) in flags.items() if not stepped],
+        )
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Two sums over the values, shape (2,): changes that cancel in one of them do not cancel in the other."""
+    values = parameter.detach()
+    values = torch.view_as_real(values) if values.is_complex() else values
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    # In parts: some devices copy what they sum up in another dtype.
+    parts = torch.split(values.reshape(-1), _PART)
+    sums = [torch.stack([part.sum(dtype=dtype), torch.linalg.vector_norm(part, dtype=dtype)]) for part in parts]
+    return torch.stack(sums).sum(dim=0)

@@ -1,0 +1,1 @@
+"""What trains when: units and groups of any module tree, their order, schedules and policies."""

@@ -1,0 +1,1 @@
+"""All that knows Lightning on one device: callbacks, the strategy, the module, checkpoints."""

@@ -1,0 +1,547 @@
+"""HiFT in a Lightning Trainer: switches groups at each batch, holds the learning rate, shows what happens."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hift.activations.checkpointing import ActivationBudget
+from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
+from lightning_hift.engine.attach import attach_engines, choose_policy, find_groups
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.lr_forecast import SPANS_RUN
+from lightning_hift.engine.lr_scale import AUTO, LRScale, check_lr_scale
+from lightning_hift.engine.random_state import get_random_state, set_random_state
+from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr, is_held
+from lightning_hift.groups.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
+from lightning_hift.groups.report import describe_groups, describe_sweep
+from lightning_hift.groups.schedule import Order, SweepSchedule, check_order
+from lightning_hift.groups.selection import SelectionPolicy, check_count
+from lightning_hift.groups.turns import Turns, choose_turns
+from lightning_hift.offload.offloader import StateOffloader
+from lightning_hift.offload.sharded_tensors import is_sharded
+from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
+from lightning_hift.plugin.run_length import run_length
+
+_ORDER: Order = "bottom2up"
+_USUAL = SweepSchedule(order=_ORDER, steps_per_group=Turns().steps_per_group, small_head=True)
+_DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
+_LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
+_FEW_SWEEPS = 3
+_MANY = 100  # micro-batches per step, beyond which something is wrong
+
+
+class HiFTCallback(Callback):
+    """Fine-tunes all parameters, one layer group per batch (HiFT, arXiv 2401.15207), or by another policy.
+
+    Add it to the callbacks of any Trainer on one device; the LightningModule stays as it is. With several optimizers
+    each rotates through the groups of its own parameters. The position in the sweep is saved with the optimizer.
+
+    Args:
+        group_size: Layer units per group (m in the paper, 1 there). Larger groups mean more updates per parameter, and
+            more gradients and optimizer state on the device. At the number of units or above, this is full fine-tuning.
+            ``"balanced"`` joins as many as together have no more parameters than the largest unit: fewer groups where
+            the embedding is large, with no more state on the device than groups of 1. Each unit trains as often as in
+            groups of 1, and its neighbours with it: ``steps_per_group`` then counts for each unit of a group. Default:
+            that of the policy, with HiFT ``"balanced"`` or, in very short runs, more; with others 1.
+        order: ``"bottom2up"`` starts at the embedding, ``"top2down"`` at the head, ``"random"`` shuffles.
+        reshuffle: With ``"random"``, draw a new order for each sweep instead of one for all.
+        steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of optimizer state.
+            Default: as the length of the run allows, see ``choose_turns``; 4 if it is not known.
+        hold_lr: ``"replay"`` keeps the learning rate constant in a sweep and makes up for the held-back scheduler steps
+            at its end. ``"once"`` takes one scheduler step per sweep, as in the paper. ``"off"`` holds nothing back.
+        units: Module-path patterns that replace the automatic search for layer units. A list among them forms one unit.
+        frozen: Module-path patterns of what must not train in this run.
+        always_active: Names or module-path patterns of units that train at every step, such as ``["head"]``. Costs
+            their gradients and state on the device for the whole run. Default: those of the policy, with HiFT the head
+            if it has at most an eighth of the parameters of the largest unit. ``[]``: none, as in the paper.
+        seed: Seed of what is drawn at random; default: that of ``seed_everything``, or 0.
+        policy: Which groups train when, in the place of ``order``, ``reshuffle`` and ``steps_per_group``: ``BAdam``,
+            ``LISA``, ``HFT``, ``IST`` (also by name, with their defaults), or a ``SelectionPolicy`` of your own.
+            Default: HiFT.
+        lr_scale: By what to multiply the learning rate while a group is stepped. ``"auto"`` makes up for how rarely it
+            trains, so that the learning rate of full fine-tuning is a good one; see ``lr_scales``. ``1.0`` leaves it as
+            it is, as in the paper. Default: ``"auto"`` with HiFT, 1.0 with other policies.
+
+    Raises:
+        ValueError: An argument is out of range, or does not go with the policy.
+        TypeError: ``policy`` is none.
+    """
+
+    def __init__(
+        self,
+        group_size: int | str | None = None,
+        order: Order | str = _ORDER,
+        reshuffle: bool = False,
+        steps_per_group: int | None = None,
+        hold_lr: HoldLR = "replay",
+        units: list[str | list[str]] | None = None,
+        frozen: list[str] | None = None,
+        always_active: list[str] | None = None,
+        seed: int | None = None,
+        policy: SelectionPolicy | str | None = None,
+        lr_scale: LRScale | None = None,
+    ) -> None:
+        check_hold_lr(hold_lr)
+        if steps_per_group is not None:
+            check_count("steps_per_group", steps_per_group)
+        if group_size is not None:
+            check_group_size(group_size)
+        check_order(order, reshuffle)
+        self.order = cast(Order, order)
+        self.reshuffle = reshuffle
+        self.hold_lr: HoldLR = hold_lr
+        self.units = units
+        self.frozen = frozen
+        self.always_active = always_active
+        self.seed = seed
+        usual_scale = AUTO if policy is None else 1.0
+        self.lr_scale = cast(LRScale, usual_scale if lr_scale is None else lr_scale)
+        check_lr_scale(self.lr_scale)
+        self._asked = cast("tuple[GroupSize | None, int | None]", (group_size, steps_per_group))
+        self._chooses = policy is None
+        size, steps, _ = Turns()
+        self.turns = Turns(
+            cast(GroupSize, group_size or (size if self._chooses else 1)),
+            steps_per_group or steps,
+            per_unit=self._chooses and group_size in (None, BALANCED),
+        )
+        """How layer groups take turns; chosen anew by the length of each run, as far as the user has not."""
+        self._turns_on_load: Turns | None = None
+        asked = replace(_USUAL, order=self.order, reshuffle=reshuffle, steps_per_group=self.steps_per_group)
+        self.policy = choose_policy(policy, replace(asked, per_unit=self.turns.per_unit), _USUAL)
+        self._engines: list[HiFTEngine] = []
+        self._running = False
+        self._knows_length = False
+        self._total_steps = math.inf
+        self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
+        self._backward_ran = False
+        self._of_step: dict[int, dict[str, Tensor]] = {}  # what is to be logged of each engine's last step
+        self._backwards_without_step = 0
+        self._budget: ActivationBudget | None = None
+        self._graph_was_checked = self._was_saved = False
+
+    @property
+    def engines(self) -> Sequence[HiFTEngine]:
+        """One engine per optimizer, in the order of ``configure_optimizers``; empty before ``fit``."""
+        return tuple(self._engines)
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """All layer groups, optimizer by optimizer; empty before ``fit``."""
+        return [group for engine in self._engines for group in engine.groups]
+
+    @property
+    def group_size(self) -> GroupSize:
+        """Layer units per group."""
+        return self.turns.group_size
+
+    @property
+    def steps_per_group(self) -> int:
+        """Optimizer steps of a turn."""
+        return self.turns.steps_per_group
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """How groups are formed, as arguments of ``find_groups``."""
+        names = ("policy", "group_size", "units", "frozen", "always_active")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def active_group(self) -> LayerGroup:
+        """The group that trains now: the first optimizer's, and of several the one nearest to the input.
+
+        Raises:
+            RuntimeError: ``fit`` has not begun.
+        """
+        if not self._engines:
+            raise RuntimeError("No layer group is active before fit has begun.")
+        return self._engines[0].active_group
+
+    # --- the hooks, in the order in which they run --------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StreamingCheckpointIO()
+        if stage != "fit":
+            return
+        if sum(isinstance(callback, HiFTCallback) for callback in cast(Any, trainer).callbacks) > 1:
+            raise MisconfigurationException("Got more than one HiFTCallback; a Trainer takes one.")
+        strategy = trainer.strategy
+        on_one_device = isinstance(strategy, SingleDeviceStrategy) and not isinstance(strategy, SingleDeviceXLAStrategy)
+        if not on_one_device and not hasattr(strategy, "engine_options"):
+            raise MisconfigurationException(
+                f"HiFTCallback does not work with {type(strategy).__name__}: it would train the wrong parameters, or"
+                " reduce gradients that do not exist, without an error. Use strategy='hift' on one device and"
+                " strategy='hift_ddp' on several, or 'hift_fsdp' if the weights do not fit on one."
+            )
+        self._engines = []
+        self._running = self._knows_length = False
+        self._random_state = self._turns_on_load = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_state": get_random_state(), "turns": list(self.turns)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_state = state_dict.get("random_state")
+        self._turns_on_load = Turns(*state_dict.get("turns", ()))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.attach(trainer)
+
+    def choose_turns(self, trainer: pl.Trainer) -> None:
+        """Settle what the user has left to the length of the run; a run that resumes goes on as it was.
+
+        Runs before layer groups are formed. Sets up the data loaders of a run that begins.
+        """
+        strategy = trainer.strategy
+        if self._running or not self._chooses or None not in self._asked or has_no_optimizer(strategy):
+            return
+        size, steps = self._asked
+        if self._turns_on_load is not None:
+            loaded = self._turns_on_load
+            self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
+        elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
+            grouping = {**self.grouping, "group_size": 1}
+            found = find_groups(trainer.lightning_module, strategy.optimizers, **grouping)
+            units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
+            total = run_length(trainer, len(found)).total_steps
+            self.turns = choose_turns(units, total, size, steps, _most_numel(strategy.root_device))
+        self.policy = replace(
+            cast(SweepSchedule, self.policy), steps_per_group=self.steps_per_group, per_unit=self.turns.per_unit
+        )
+
+    def attach(self, trainer: pl.Trainer) -> None:
+        """Put the Trainer's optimizers and schedulers under HiFT, once per ``fit``. Runs before a checkpoint is loaded.
+
+        Raises:
+            ValueError: The grouping does not fit the model or its optimizers.
+        """
+        if self._running:
+            return
+        strategy = trainer.strategy
+        if has_no_optimizer(strategy):
+            raise MisconfigurationException(
+                "configure_optimizers returned no optimizer, so there is nothing that HiFT could step. Return one."
+            )
+        self.choose_turns(trainer)
+        self._engines = attach_engines(
+            trainer.lightning_module,
+            strategy.optimizers,
+            **self.grouping,
+            # Of several processes, the first one's.
+            seed=strategy.broadcast(self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))),
+            lr_scale=self.lr_scale,
+            advance_on_step=False,
+            **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),
+        )
+        self._running = True
+        strategy.optimizers = strategy.optimizers  # Lightning wraps them anew, with what the engines have changed
+        self._hold_learning_rates(trainer)
+
+    def _engine_options(self, strategy: Any) -> dict[str, Any]:
+        """Without ``HiFTStrategy`` the weights are rounded before masters could be taken from them."""
+        if isinstance(strategy.precision_plugin, HalfPrecision):
+            rank_zero_warn(
+                f"precision={strategy.precision_plugin.precision!r} rounds each update to 16 bits; small updates are"
+                " lost. Use strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
+            )
+        return {"make_offloader": lambda: StateOffloader(strategy.root_device), "master_weights": "none"}
+
+    def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
+        if self.hold_lr == "off":
+            return
+        configs = trainer.strategy.lr_scheduler_configs
+        in_use = {id(config.scheduler) for config in configs}
+        for each in self._engines:  # a callback may have put another scheduler in the place of a held one
+            each.held_schedulers = [s for s in each.held_schedulers if id(s) in in_use]
+        for config in configs:
+            engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
+            if engine is None or is_held(config.scheduler) or type(config.scheduler).__module__ == _LR_FINDER:
+                continue
+            config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr))
+            if self._knows_length:
+                self._expect(trainer, config)
+
+    def _expect(self, trainer: pl.Trainer, config: Any) -> None:
+        _, engine = self._engine_of(config.scheduler.optimizer)
+        before = trainer.global_step // len(self._engines) - engine.step
+        config.scheduler.expect(run_length(trainer, len(self._engines), config, before))
+
+    def _expect_length(self, trainer: pl.Trainer) -> None:
+        # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
+        self._total_steps = run_length(trainer, len(self._engines)).total_steps
+        self._knows_length = True
+        for config in trainer.strategy.lr_scheduler_configs:
+            if is_held(config.scheduler):
+                self._expect(trainer, config)
+                if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
+                    cast(Any, config.scheduler).refuse_waste()
+
+    def _warn_about_length(self, trainer: pl.Trainer) -> None:
+        total = self._total_steps
+        for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
+            missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
+            if missing:
+                rank_zero_warn(
+                    f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
+                    f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
+                    f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
+                )
+            elif self._chooses and any(self._asked) and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
+                rank_zero_warn(
+                    f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
+                    f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.group_size!r} and"
+                    f" steps_per_group={self.steps_per_group}. Leave them out to have them chosen by the length."
+                )
+        if self.hold_lr != "once":
+            return
+        for config in trainer.strategy.lr_scheduler_configs:
+            spans_run = getattr(config.scheduler, SPANS_RUN, False)
+            if not is_held(config.scheduler) or config.interval != "step" or spans_run:
+                continue
+            _, engine = self._engine_of(config.scheduler.optimizer)
+            length, name = engine.policy.steps_per_sweep, config.scheduler.__class__.__name__
+            if length > 1:
+                rank_zero_warn(
+                    f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
+                    f" will get about {total / length:.0f} of the {total:g} steps it would get without HiFT."
+                    " Size the schedule in sweeps, or use hold_lr='replay'."
+                )
+
+    # Until here everything is trainable, as the model summary and the user's own hooks expect.
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.attach(trainer)
+        self._expect_length(trainer)
+        self._warn_about_length(trainer)
+        rank_zero_info(self.summary(pl_module))
+        refuse_reentrant_modules(pl_module)
+        nbytes = getattr(trainer.strategy, "activation_budget", None)
+        if nbytes is not None:
+            units = [unit for group in self.groups for unit in group.units]
+            self._budget = ActivationBudget(pl_module, nbytes, units)
+        self._graph_was_checked = self._was_saved = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._random_state is not None:  # not before, as whatever happens at the start of a run may draw
+            set_random_state(self._random_state)
+            self._random_state = None
+        for engine in self._engines:
+            engine.activate()
+        if self._budget is not None:
+            self._budget.begin_batch()
+        self._hold_learning_rates(trainer)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._observe(trainer, loss.detach())
+        if self._was_saved:
+            for engine in self._engines:
+                engine.freeze()
+            self._was_saved = False
+        if loss.requires_grad:
+            if not self._graph_was_checked:
+                refuse_reentrant_graph(loss)
+                self._graph_was_checked = True
+            return
+        if len(self._engines) > 1 or loss.is_inference():
+            raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
+        # This loss has nothing to do with the active group, but another one before the step may. The backward pass then
+        # does nothing, and the step raises if none of them reaches the group.
+        loss.requires_grad_(True)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._backward_ran = True
+        self._backwards_without_step += 1
+        if self._backwards_without_step == _MANY * trainer.accumulate_grad_batches:
+            rank_zero_warn(
+                f"{self._backwards_without_step} backward passes without a step of the optimizer that HiFT has seen."
+                f" Only {' and '.join(g.name for engine in self._engines for g in engine.active_groups)} has been"
+                " trainable all the time, because the groups take turns at calls of optimizer.step(). An optimizer that"
+                " is stepped by methods of other names (first_step of SAM) cannot be used."
+            )
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        index, engine = self._engine_of(optimizer)
+        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With
+        # several optimizers a backward pass may have been meant for another one.
+        if self._backward_ran and len(self._engines) == 1:
+            engine.check_gradients()
+        self._backward_ran = False
+        self._backwards_without_step = 0
+        engine.announce_step()
+        of_step = self._of_step[index] = {}
+        if (lr := engine.learning_rate) is not None:
+            of_step["lr"] = torch.as_tensor(lr, dtype=torch.float32)
+        gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
+        if gradients:
+            norm: Any = torch.nn.utils.get_total_norm(gradients)
+            of_step["grad_norm"] = norm.full_tensor() if is_sharded(norm) else norm
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if self._budget is not None:
+            self._budget.end_batch()
+        self._flush_learning_rates(trainer, SweepLR.flush)
+        for index, engine in enumerate(self._engines):
+            if (report := engine.first_sweep_report()) is not None:
+                first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
+                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
+            if not trainer.barebones:
+                self._log_values(pl_module, index, engine)
+            engine.unfreeze()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._was_saved = True  # perhaps in the middle of a batch, whose backward pass is still to come
+        for engine in self._engines:
+            engine.unfreeze()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._flush_learning_rates(trainer, SweepLR.finish)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def summary(self, pl_module: torch.nn.Module) -> str:
+        """The table of groups that is shown at the start of fit."""
+        text = [self._engines[0].policy.describe(len(self.groups)) + self._turns_in_run()]
+        for engine in self._engines:
+            most = engine.policy.most_groups
+            text.append(describe_groups(engine.groups, engine.always_active, most, engine.lr_scales))
+            if engine.step:
+                place = engine.step % engine.policy.steps_per_sweep
+                text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")
+        grouped = {id(p) for engine in self._engines for p in engine.parameters.values()}
+        rest = [(name, p) for name, p in pl_module.named_parameters() if id(p) not in grouped]
+        if rest:
+            names = ", ".join(name for name, _ in rest[:3]) + (", ..." if len(rest) > 3 else "")
+            text.append(f"Frozen: {sum(p.numel() for _, p in rest):,} parameters in {len(rest)} tensors ({names})")
+        return "\n".join(text)
+
+    def _turns_in_run(self) -> str:
+        engine = self._engines[0]
+        if math.isinf(self._total_steps):
+            return ""
+        layers = sum(len(group.units) for group in engine.groups)
+        sweeps = self._total_steps / engine.policy.steps_per_sweep
+        return f"; {self._total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
+
+    def _engine_of(self, optimizer: Optimizer) -> tuple[int, HiFTEngine]:
+        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        for index, engine in enumerate(self._engines):
+            if engine.optimizer is bare:
+                return index, engine
+        raise RuntimeError(
+            f"{type(bare).__name__} is stepped but was not returned by configure_optimizers, so HiFT does not know"
+            " which of its parameters may train. Return it there."
+        )
+
+    def _observe(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Show the loss to policies that learn: to those of optimizers that train at the moment."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))
+        for engine in self._engines:
+            if any(p.requires_grad for p in engine.active_parameters):
+                # Several processes have to learn the same, so from the same.
+                engine.observe(trainer.strategy.reduce(loss, reduce_op="mean") if engine.policy.learns else loss)
+
+    def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
+        # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.
+        for config in trainer.strategy.lr_scheduler_configs:
+            if is_held(config.scheduler):
+                flush(cast(SweepLR, config.scheduler))
+
+    def _log_values(self, pl_module: pl.LightningModule, index: int, engine: HiFTEngine) -> None:
+        suffix = f"/{index}" if len(self._engines) > 1 else ""
+        values = {
+            "group": engine.active_group.index,
+            "sweep": engine.sweep,
+            "state_bytes_device": engine.offloader.device_bytes,
+            "state_bytes_host": engine.offloader.host_bytes,
+            "exposed_transfer_ms": engine.offloader.exposed_ms(),
+        }
+        sent_bytes = getattr(pl_module.trainer.strategy, "sent_bytes", None)
+        if sent_bytes is not None:
+            values["sent_bytes"] = sent_bytes
+        for name, value in values.items():
+            # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
+            on_bar = name in ("group", "sweep")
+            pl_module.log(f"hift/{name}{suffix}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=1)
+        for name, measured in self._of_step.pop(index, {}).items():
+            pl_module.log(f"hift/{name}{suffix}", measured, batch_size=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a callback for another run: engines belong to the optimizers of this one.
+        return {**vars(self), "_engines": [], "_running": False, "_of_step": {}, "_budget": None}
+
+    def _close(self) -> None:
+        if self._budget is not None:
+            self._budget.close()
+            self._budget = None
+        for engine in self._engines:
+            engine.close()
+        self._running = False
+
+
+def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
+    """The ``HiFTCallback`` of a Trainer, if it has one."""
+    return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, HiFTCallback)), None)
+
+
+def has_no_optimizer(strategy: Any) -> bool:
+    """Whether ``configure_optimizers`` returned none, in whose place Lightning puts one of its own."""
+    return any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers)
+
+
+def _most_numel(device: torch.device) -> float:
+    """How many parameters a layer group may have that is larger than it must be."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory / _DEVICE_SHARE
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
