@@ -67,8 +67,8 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "make_plan",
 ]
 
-# Imported on first use: a plain torch loop needs no Lightning, which also brings in torchmetrics and transformers.
-_NEEDS_LIGHTNING = {
+# A plain torch loop needs no planner, and no Lightning, which also brings in torchmetrics and transformers.
+_ON_FIRST_USE = {
     "HiFTCLI": "cli",
     "HiFTCallback": "plugin.callback",
     "HiFTDDPStrategy": "distributed.ddp_strategy",
@@ -86,9 +86,9 @@ _NEEDS_LIGHTNING = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_LIGHTNING:
+    if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NEEDS_LIGHTNING[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_ON_FIRST_USE[name]}"), name)
 
 
 register_strategies()

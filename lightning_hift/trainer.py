@@ -15,8 +15,9 @@ from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.lr_scale import lr_scales
 from lightning_hift.groups.report import describe_groups
 from lightning_hift.planner.memory import parse_bytes
-from lightning_hift.planner.plan import SUSTAINED_FLOPS, Plan, make_plan
-from lightning_hift.planner.report import plot_plan, write_markdown
+from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan
+from lightning_hift.planner.plot import plot_plan
+from lightning_hift.planner.report import Plan, write_markdown
 from lightning_hift.planner.setup import Setup
 from lightning_hift.plugin.callback import HiFTCallback, find_callback
 from lightning_hift.plugin.predictions import PredictionWriter

@@ -10,26 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
-_BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
-
-
-@dataclass
-class _Bucket:
-    """Parameters whose gradients are sent together, and their gradients on the way."""
-
-    parameters: list[nn.Parameter]
-    nbytes: int = 0
-    waits_for: set[nn.Parameter] = field(default_factory=set)
-    sent: Tensor | None = None  # flat, or the only gradient itself
-    work: Any = None
+from lightning_hift.engine.gradient_buckets import BUCKET_BYTES, Bucket, in_buckets
 
 
 class GradientSync:
@@ -48,15 +36,15 @@ class GradientSync:
         self,
         parameters: Sequence[nn.Parameter],
         group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = _BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.sent_bytes = 0
         """What this process has handed over to be summed up since ``begin``."""
         self._group = group
         self._bucket_bytes = bucket_bytes
-        self._buckets: list[_Bucket] = []
-        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
-        self._queue: list[_Bucket] = []  # of the backward pass under way
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[nn.Parameter, Bucket] = {}
+        self._queue: list[Bucket] = []  # of the backward pass under way
         self._next = 0  # in the queue: the first one that was not sent
         self._is_open = False  # a backward pass is under way whose gradients are to be sent
         self._blocked = False
@@ -64,7 +52,7 @@ class GradientSync:
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients of ``parameters`` are averaged from now on: those that train at this step, in any order."""
-        self._buckets = _in_buckets(parameters, self._bucket_bytes)
+        self._buckets = in_buckets(parameters, self._bucket_bytes)
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self.sent_bytes = 0
 
@@ -111,7 +99,7 @@ class GradientSync:
             self._send(self._queue[self._next])
             self._next += 1
 
-    def _send(self, bucket: _Bucket) -> None:
+    def _send(self, bucket: Bucket) -> None:
         gradients = [p.grad for p in bucket.parameters]
         sparse = next((p for p in bucket.parameters if p.grad is not None and p.grad.is_sparse), None)
         if sparse is not None:
@@ -161,28 +149,3 @@ def anywhere(here: Sequence[bool], device: torch.device, group: dist.ProcessGrou
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     # Read only where it matters: on a GPU, reading waits.
     return list(here) if all(here) else [bool(flag) for flag in flags.tolist()]
-
-
-def copied_bytes(gradients: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES) -> int:
-    """Bytes of the copies that are sent, until the backward pass has ended: of all gradients that share a bucket.
-
-    Args:
-        gradients: Or tensors of their shapes and dtypes, such as those on "meta", in the order of the parameters.
-        bucket_bytes: See ``GradientSync``.
-    """
-    return sum(b.nbytes for b in _in_buckets(gradients, bucket_bytes) if len(b.parameters) > 1)
-
-
-def _in_buckets(parameters: Sequence[Any], most: int) -> list[_Bucket]:
-    buckets: list[_Bucket] = []
-    for p in reversed(parameters):  # about as they become ready
-        if not buckets or _is_full(buckets[-1], p, most):
-            buckets.append(_Bucket([]))
-        buckets[-1].parameters.append(p)
-        buckets[-1].nbytes += p.nbytes
-    return buckets
-
-
-def _is_full(bucket: _Bucket, p: nn.Parameter, most: int) -> bool:
-    last = bucket.parameters[-1]
-    return bucket.nbytes + p.nbytes > most or last.dtype != p.dtype or last.device != p.device

@@ -95,6 +95,31 @@ class FirstSweepProof:
         )
 
 
+def describe_sweep(report: SweepReport, first: str = "first sweep") -> str:
+    """One line that says that all parameters were updated, or which were not, and why.
+
+    Args:
+        report: What was found.
+        first: Until when.
+    """
+    if report.complete:
+        return f"HiFT: {first} done, all {report.num_parameters} trainable parameters were updated."
+    reasons = {
+        "received no gradient (unused in the forward pass?)": report.without_gradient,
+        "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
+        "were not stepped (gradients overflowed, or training_step returned None)": report.skipped,
+    }
+    lines = [
+        f"{len(names)} {why}: {', '.join(names[:8])}" + ("..." if len(names) > 8 else "")
+        for why, names in reasons.items()
+        if names
+    ]
+    return (
+        f"HiFT: after the {first}, some of the {report.num_parameters} trainable parameters were not updated. "
+        + "; ".join(lines)
+    )
+
+
 def _checksum(parameter: nn.Parameter) -> Tensor:
     """Two sums over the values, shape (2,): changes that cancel in one of them do not cancel in the other."""
     values = parameter.detach()

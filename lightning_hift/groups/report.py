@@ -1,11 +1,10 @@
-"""What a user is told about groups and the first sweep, in words and tables."""
+"""What a user is told about layer groups: a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_hift.engine.proof import SweepReport
 from lightning_hift.groups.grouping import LayerGroup
 from lightning_hift.table import format_bytes, format_table
 
@@ -43,29 +42,4 @@ def describe_groups(
     return (
         f"{table}\nAt most {trained:,} of {total:,} parameters train at once: {100 * (1 - trained / total):.2f} % less"
         " than in full fine-tuning."
-    )
-
-
-def describe_sweep(report: SweepReport, first: str = "first sweep") -> str:
-    """One line that says that all parameters were updated, or which were not, and why.
-
-    Args:
-        report: What was found.
-        first: Until when.
-    """
-    if report.complete:
-        return f"HiFT: {first} done, all {report.num_parameters} trainable parameters were updated."
-    reasons = {
-        "received no gradient (unused in the forward pass?)": report.without_gradient,
-        "received a gradient but kept their value (learning rate 0, or a gradient of 0)": report.unchanged,
-        "were not stepped (gradients overflowed, or training_step returned None)": report.skipped,
-    }
-    lines = [
-        f"{len(names)} {why}: {', '.join(names[:8])}" + ("..." if len(names) > 8 else "")
-        for why, names in reasons.items()
-        if names
-    ]
-    return (
-        f"HiFT: after the {first}, some of the {report.num_parameters} trainable parameters were not updated. "
-        + "; ".join(lines)
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_hift.distributed.gradient_sync import copied_bytes
+from lightning_hift.engine.gradient_buckets import copied_bytes
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_hift.activations.chunked_loss import chunked_loss
+
 ComputeLoss = Callable[[Any, int, int], Tensor]
 """Maps a model without memory, the batch size and the sequence length to a loss, on the device "cpu"."""
 
@@ -42,8 +44,6 @@ def _language_model_loss(
             return _mean(network(input_ids=tokens))
     labels = tokens
     if chunk_tokens is not None:
-        from lightning_hift.tasks.chunked_loss import chunked_loss
-
         with _one_sequence_per_row():
             return chunked_loss(network, {"input_ids": tokens}, labels, chunk_tokens)
     if "SequenceClassification" in type(network).__name__:

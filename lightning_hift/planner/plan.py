@@ -3,96 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.groups.selection import SelectionPolicy
-from lightning_hift.planner.forecast import Forecast, GroupPlan, forecast
+from lightning_hift.planner.forecast import Forecast, forecast
 from lightning_hift.planner.made_up_batch import ComputeLoss
 from lightning_hift.planner.proposal import propose
+from lightning_hift.planner.report import Plan
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 
 SUSTAINED_FLOPS = 125e12
 """Assumed: 40 % of the dense bf16 peak of an A100."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What ``make_plan`` found; printed, it is a report.
-
-    Args:
-        forecast: Of the setup that was asked for, every group.
-        parameters: Of the model, frozen ones included.
-        always_active: Names of the units that train at every step.
-        comparison: Other ways to train the same model on the same batch.
-        proposal: The nearest setup that fits, if the one that was asked for does not.
-        changed: Names of the fields in which the proposal differs.
-        smallest: The best that could be found, if nothing fits.
-        device_memory: Bytes of each device, if a limit was given.
-        host_memory: Bytes of each host, likewise.
-        link: Bytes per second between host and device, each way.
-        sustained_flops: Multiplications and additions per second.
-        notes: What the plan leaves out or assumes.
-    """
-
-    forecast: Forecast
-    parameters: int
-    always_active: tuple[str, ...]
-    comparison: tuple[Forecast, ...]
-    proposal: Forecast | None
-    changed: tuple[str, ...]
-    smallest: Forecast | None
-    device_memory: int | None
-    host_memory: int | None
-    link: float
-    sustained_flops: float
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def fits(self) -> bool:
-        """Whether the setup that was asked for fits."""
-        return self.forecast.fits(self.device_memory, self.host_memory)
-
-    @property
-    def mean_flops_per_token(self) -> float:
-        """Over a sweep."""
-        groups = self.forecast.groups.values()
-        return sum(group.flops_per_token for group in groups) / len(groups)
-
-    def seconds(self, group: GroupPlan) -> float:
-        """Time of the transfer of a group's state, each way; both directions go at once."""
-        return group.traffic / self.link
-
-    def hiding_tokens(self, group: GroupPlan) -> float:
-        """Tokens per step from which on the transfer of this group is hidden by a mean step's computing."""
-        return self.seconds(group) * self.sustained_flops / self.mean_flops_per_token
-
-    @property
-    def mean_sent(self) -> float:
-        """Bytes that each device sends to others in a step, over a sweep."""
-        groups = self.forecast.groups.values()
-        return sum(group.sent for group in groups) / len(groups)
-
-    @property
-    def mean_exchanged(self) -> float:
-        """Bytes of the tensors that are exchanged in a step, over a sweep."""
-        groups = self.forecast.groups.values()
-        return sum(group.exchanged for group in groups) / len(groups)
-
-    @property
-    def written_per_1000_steps(self) -> float:
-        """Bytes that 1000 steps write on each host, to the disk if the state is there: each releases one group's."""
-        groups = self.forecast.groups.values()
-        return 1000 * sum(group.host_traffic for group in groups) / len(groups)
-
-    def __str__(self) -> str:
-        from lightning_hift.planner.report import format_plan
-
-        return format_plan(self)
 
 
 def make_plan(

@@ -1,26 +1,16 @@
-"""A plan as text, as Markdown and as a picture."""
+"""A plan: what was found, and how it is told in plain text and Markdown."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_hift.planner.forecast import Forecast, GroupPlan
-from lightning_hift.planner.plan import Plan
 from lightning_hift.table import format_bytes, format_table
 
 _KINDS = ("weights", "gradients", "state", "masters", "activations")
 _EXCHANGE = "exchange"  # with several devices
-# Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
-_COLOURS = {
-    "driver, CUDA context (assumed)": "#bbbbbb",
-    "weights": "#0072b2",
-    "gradients": "#e69f00",
-    "state": "#009e73",
-    "masters": "#cc79a7",
-    "activations": "#56b4e9",
-    _EXCHANGE: "#f0e442",
-}
 # By whether weights are sharded.
 _EXCHANGES = {
     False: "Exchange: copies of small gradients, which are averaged together. Sent: by each device, in a ring. A host"
@@ -28,6 +18,79 @@ _EXCHANGES = {
     True: "Exchange: whole weights of two blocks and of all that is in no block, and whole gradients before they are"
     " scattered. Sent:\nby each device, in a ring, for one micro-batch. A host keeps the shards of all its processes.",
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``make_plan`` found; printed, it is a report.
+
+    Args:
+        forecast: Of the setup that was asked for, every group.
+        parameters: Of the model, frozen ones included.
+        always_active: Names of the units that train at every step.
+        comparison: Other ways to train the same model on the same batch.
+        proposal: The nearest setup that fits, if the one that was asked for does not.
+        changed: Names of the fields in which the proposal differs.
+        smallest: The best that could be found, if nothing fits.
+        device_memory: Bytes of each device, if a limit was given.
+        host_memory: Bytes of each host, likewise.
+        link: Bytes per second between host and device, each way.
+        sustained_flops: Multiplications and additions per second.
+        notes: What the plan leaves out or assumes.
+    """
+
+    forecast: Forecast
+    parameters: int
+    always_active: tuple[str, ...]
+    comparison: tuple[Forecast, ...]
+    proposal: Forecast | None
+    changed: tuple[str, ...]
+    smallest: Forecast | None
+    device_memory: int | None
+    host_memory: int | None
+    link: float
+    sustained_flops: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the setup that was asked for fits."""
+        return self.forecast.fits(self.device_memory, self.host_memory)
+
+    @property
+    def mean_flops_per_token(self) -> float:
+        """Over a sweep."""
+        groups = self.forecast.groups.values()
+        return sum(group.flops_per_token for group in groups) / len(groups)
+
+    def seconds(self, group: GroupPlan) -> float:
+        """Time of the transfer of a group's state, each way; both directions go at once."""
+        return group.traffic / self.link
+
+    def hiding_tokens(self, group: GroupPlan) -> float:
+        """Tokens per step from which on the transfer of this group is hidden by a mean step's computing."""
+        return self.seconds(group) * self.sustained_flops / self.mean_flops_per_token
+
+    @property
+    def mean_sent(self) -> float:
+        """Bytes that each device sends to others in a step, over a sweep."""
+        groups = self.forecast.groups.values()
+        return sum(group.sent for group in groups) / len(groups)
+
+    @property
+    def mean_exchanged(self) -> float:
+        """Bytes of the tensors that are exchanged in a step, over a sweep."""
+        groups = self.forecast.groups.values()
+        return sum(group.exchanged for group in groups) / len(groups)
+
+    @property
+    def written_per_1000_steps(self) -> float:
+        """Bytes that 1000 steps write on each host, to the disk if the state is there: each releases one group's."""
+        groups = self.forecast.groups.values()
+        return 1000 * sum(group.host_traffic for group in groups) / len(groups)
+
+    def __str__(self) -> str:
+        return format_plan(self)
 
 
 def format_plan(plan: Plan) -> str:
@@ -175,51 +238,3 @@ def _verdict(plan: Plan) -> str:
 
 def _value(name: str, value: Any) -> str:
     return f"{value / 2**30:g}GiB" if name == "activation_budget" and value else str(value)
-
-
-def plot_plan(plan: Plan, path: str | Path) -> None:
-    """Draw the device memory of each group, stacked by kind, to a file whose name ends in .png, .pdf or .svg.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("A plot needs matplotlib: pip install lightning-hift[plot]") from error
-
-    groups = plan.forecast.groups
-    figure = Figure(figsize=(max(7.0, min(16.0, 3.5 + 0.22 * len(groups))), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    bottom = [0.0] * len(groups)
-    for kind, colour in _COLOURS.items():
-        heights = [_gib(group, kind) for group in groups.values()]
-        if any(heights):
-            axes.bar(list(groups), heights, bottom=bottom, width=1.0, color=colour, label=kind, linewidth=0)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    steps = [(group.step + group.overhead) / 2**30 for group in groups.values()]
-    left, right = [i - 0.5 for i in groups], [i + 0.5 for i in groups]
-    axes.hlines(steps, left, right, color="black", linewidth=1.2, label="at the optimizer step")
-    if plan.device_memory is not None:
-        limit, label = plan.device_memory / 2**30, f"device: {format_bytes(plan.device_memory)}"
-        axes.axhline(limit, color="#d55e00", linestyle="--", linewidth=1.5, label=label)
-    setup = plan.forecast.setup
-    axes.set_title(
-        f"Device memory by active layer group: {plan.parameters / 1e9:.2f}B parameters, {setup.precision},"
-        f" masters {setup.master_weights}, batch {setup.batch_size} x {setup.sequence_length}",
-        fontsize=10,
-        loc="left",
-    )
-    axes.set_xlabel("active layer group, from the input upwards")
-    axes.set_ylabel("GiB")
-    axes.margins(x=0.01, y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
-    figure.savefig(path, dpi=150)
-
-
-def _gib(group: GroupPlan, kind: str) -> float:
-    value = group.overhead if kind not in (*_KINDS, _EXCHANGE) else getattr(group, kind)
-    return float(value or 0) / 2**30

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -112,9 +112,9 @@ class Workload:
         if make is not None:
             return make(self.model.parameters())
         found: list[Optimizer] = []
-        if isinstance(self.model, pl.LightningModule):
+        if _is_lightning_module(self.model):
             try:
-                found = _optimizers_in(self.model.configure_optimizers())
+                found = _optimizers_in(cast(Any, self.model).configure_optimizers())
             except Exception as error:  # user code may want a Trainer, a data module, anything
                 self.notes.append(f"AdamW is planned for: configure_optimizers failed without a run ({error}).")
         if len(found) > 1:
@@ -289,6 +289,12 @@ def _multiplied_numel(model: nn.Module, units: Sequence[LayerUnit]) -> tuple[int
         if home is not None:
             by_unit[home] += numel
     return total, by_unit
+
+
+def _is_lightning_module(model: nn.Module) -> bool:
+    # Without Lightning's import there are none.
+    lightning = sys.modules.get("lightning.pytorch")
+    return lightning is not None and isinstance(model, lightning.LightningModule)
 
 
 def _optimizers_in(configured: Any) -> list[Optimizer]:

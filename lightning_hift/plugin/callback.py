@@ -28,10 +28,11 @@ from lightning_hift.engine.attach import attach_engines, choose_policy, find_gro
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.lr_forecast import SPANS_RUN
 from lightning_hift.engine.lr_scale import AUTO, LRScale, check_lr_scale
+from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.random_state import get_random_state, set_random_state
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr, is_held
 from lightning_hift.groups.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
-from lightning_hift.groups.report import describe_groups, describe_sweep
+from lightning_hift.groups.report import describe_groups
 from lightning_hift.groups.schedule import Order, SweepSchedule, check_order
 from lightning_hift.groups.selection import SelectionPolicy, check_count
 from lightning_hift.groups.turns import Turns, choose_turns

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
+from lightning_hift.activations.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
 from lightning_hift.tasks.adapters import of_own_tokens
-from lightning_hift.tasks.chunked_loss import IGNORED_LABEL, chunked_loss, refuse_other_losses
 from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.packing_trial import is_packed, refuse_contamination
 from lightning_hift.tasks.transformer import TransformerModule

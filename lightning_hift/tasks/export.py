@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,7 @@ from torch import Tensor
 from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.tasks.model_card import model_card
 from lightning_hift.tasks.network import DType
-from lightning_hift.tasks.run_facts import Facts, run_facts
-
-if TYPE_CHECKING:
-    from lightning_hift.tasks.transformer import TransformerModule
+from lightning_hift.tasks.run_facts import Facts, TrainedModule, run_facts
 
 EXPORT_KEY = "lightning_hift_export"
 """Where a checkpoint has its record."""
@@ -58,7 +55,7 @@ class ExportRecord:
     facts: Facts
 
     @classmethod
-    def of(cls, module: TransformerModule, tokenizer: dict[str, bytes]) -> ExportRecord:
+    def of(cls, module: TrainedModule, tokenizer: dict[str, bytes]) -> ExportRecord:
         """The record of a module whose network is built."""
         network: Any = module.network
         base = network.get_base_model() if module.adapter is not None else network
@@ -90,7 +87,7 @@ def read_tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def save_pretrained(
-    module: TransformerModule,
+    module: TrainedModule,
     folder: str | Path,
     tokenizer: Any = None,
     dtype: DType | None = None,

@@ -15,10 +15,10 @@ from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 from typing_extensions import override
 
+from lightning_hift.activations.chunked_loss import IGNORED_LABEL
 from lightning_hift.data.tokenizer import load_tokenizer
 from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.tasks.adapters import of_own_tokens
-from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.metric_precision import full_precision
 from lightning_hift.tasks.network import is_encoder_decoder
 from lightning_hift.tasks.text_metrics import ExactMatch, Rouge

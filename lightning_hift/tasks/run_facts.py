@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hift.groups.schedule import SweepSchedule
 from lightning_hift.plugin.callback import find_callback
 from lightning_hift.plugin.trainable import TrainOnly
-
-if TYPE_CHECKING:
-    from lightning_hift.tasks.transformer import TransformerModule
+from lightning_hift.tasks.network import NetworkSource
 
 Facts = dict[str, dict[str, str]]
 """Rows by their names, in sections."""
@@ -26,7 +24,29 @@ Facts = dict[str, dict[str, str]]
 _DATA = ("dataset", "config_name", "revision", "splits", "batch_size", "max_length", "max_train_rows", "seed")
 
 
-def run_facts(module: TransformerModule) -> Facts:
+class TrainedModule(Protocol):
+    """What is asked of a module to describe or export it; a ``TransformerModule`` has it all."""
+
+    _trainer: Any
+    source: NetworkSource
+    adapter: dict[str, Any] | None
+    network: nn.Module | None
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Any
+    lr_scheduler: Any
+    warmup: float
+
+    @property
+    def head(self) -> str:
+        """The auto class of transformers."""
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Content of the tokenizer's files by their names."""
+
+
+def run_facts(module: TrainedModule) -> Facts:
     """Facts about the run in which a module is trained; without a Trainer, only about the network.
 
     Returns:
@@ -50,7 +70,7 @@ def run_facts(module: TransformerModule) -> Facts:
     return {section: rows for section, rows in facts.items() if rows}
 
 
-def _model(module: TransformerModule) -> dict[str, str]:
+def _model(module: TrainedModule) -> dict[str, str]:
     source = module.source
     start = "random weights" if source.model is None or source.random_weights else "pre-trained weights"
     rows = {"base model": source.model or f"{source.model_type}, from its configuration alone", "started from": start}
@@ -76,7 +96,7 @@ def _data(datamodule: Any) -> dict[str, str]:
     }
 
 
-def _method(module: TransformerModule, trainer: Any) -> dict[str, str]:
+def _method(module: TrainedModule, trainer: Any) -> dict[str, str]:
     callback = find_callback(trainer)
     trained = "adapter" if module.adapter is not None else "all parameters"
     only = [pattern for each in trainer.callbacks if isinstance(each, TrainOnly) for pattern in each.patterns]
@@ -107,7 +127,7 @@ def _method(module: TransformerModule, trainer: Any) -> dict[str, str]:
     return rows
 
 
-def _training(module: TransformerModule, trainer: Any) -> dict[str, str]:
+def _training(module: TrainedModule, trainer: Any) -> dict[str, str]:
     rows = {
         "epochs": str(trainer.current_epoch),
         "optimizer steps": str(trainer.global_step),

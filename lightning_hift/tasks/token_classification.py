@@ -11,8 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import Accuracy
 from typing_extensions import override
 
+from lightning_hift.activations.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.adapters import of_own_tokens
-from lightning_hift.tasks.chunked_loss import IGNORED_LABEL
 from lightning_hift.tasks.entities import EntityScores, mark_entities
 from lightning_hift.tasks.transformer import TransformerModule, label_names, warn_of_other_order
 

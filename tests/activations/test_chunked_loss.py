@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_hift import HiFTStrategy
+from lightning_hift.activations.chunked_loss import chunked_loss, refuse_other_losses
 from lightning_hift.activations.saved_bytes import SavedBytes
 from lightning_hift.planner.allocations import AllocationTracker
 from lightning_hift.planner.plan import make_plan
 from lightning_hift.planner.setup import Setup
 from lightning_hift.tasks import CausalLM
-from lightning_hift.tasks.chunked_loss import chunked_loss, refuse_other_losses
 from tests.models import as_published, language_model, trainer
 from tests.tasks.test_tasks import TINY
 

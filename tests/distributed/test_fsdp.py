@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hift import HiFTCallback, HiFTFSDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates, StreamingCheckpointIO
+from lightning_hift.activations.chunked_loss import chunked_loss
 from lightning_hift.cli import main
 from lightning_hift.distributed import sharded_checkpoint
 from lightning_hift.distributed.sharded_checkpoint import consolidate
-from lightning_hift.tasks.chunked_loss import chunked_loss
 from tests.distributed.test_ddp import ROWS, assert_close, loader, rows, sgd
 from tests.models import (
     VOCABULARY,

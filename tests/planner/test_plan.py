@@ -18,8 +18,9 @@ from lightning_hift.cli import HiFTCLI
 from lightning_hift.planner.allocations import AllocationTracker
 from lightning_hift.planner.forecast import forecast
 from lightning_hift.planner.memory import CONTEXT_BYTES
-from lightning_hift.planner.plan import Plan, make_plan
-from lightning_hift.planner.report import plot_plan
+from lightning_hift.planner.plan import make_plan
+from lightning_hift.planner.plot import plot_plan
+from lightning_hift.planner.report import Plan
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.network import NetworkSource, build_network

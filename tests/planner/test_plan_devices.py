@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_hift.distributed.gradient_sync import copied_bytes
+from lightning_hift.engine.gradient_buckets import copied_bytes
 from lightning_hift.planner.forecast import Forecast, forecast
 from lightning_hift.planner.memory import CONTEXT_BYTES
 from lightning_hift.planner.partition import divide
-from lightning_hift.planner.plan import Plan, make_plan
+from lightning_hift.planner.plan import make_plan
+from lightning_hift.planner.report import Plan
 from lightning_hift.planner.setup import Setup
 from lightning_hift.planner.workload import Workload
 from lightning_hift.plugin.module import HiFTModule
