@@ -415,13 +415,13 @@ class HiFTCallback(Callback):
         if self._budget is not None:
             self._budget.end_batch()
         self._flush_learning_rates(trainer, SweepLR.flush)
-        for index, engine in enumerate(self._engines):
+        for engine in self._engines:
             if (report := engine.first_sweep_report()) is not None:
                 first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
                 (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
-            if not trainer.barebones:
-                self._log_values(pl_module, index, engine)
             engine.unfreeze()
+        if not trainer.barebones:
+            self._log_values(trainer)
 
     @override
     def on_save_checkpoint(
@@ -495,24 +495,38 @@ class HiFTCallback(Callback):
             if is_held(config.scheduler):
                 flush(cast(SweepLR, config.scheduler))
 
-    def _log_values(self, pl_module: pl.LightningModule, index: int, engine: HiFTEngine) -> None:
-        suffix = f"/{index}" if len(self._engines) > 1 else ""
-        values = {
-            "group": engine.active_group.index,
-            "sweep": engine.sweep,
-            "state_bytes_device": engine.offloader.device_bytes,
-            "state_bytes_host": engine.offloader.host_bytes,
-            "exposed_transfer_ms": engine.offloader.exposed_ms(),
-        }
-        sent_bytes = getattr(pl_module.trainer.strategy, "sent_bytes", None)
-        if sent_bytes is not None:
-            values["sent_bytes"] = sent_bytes
-        for name, value in values.items():
-            # As tensors on the host: Lightning would copy plain numbers to the device, and wait for them to come back.
-            on_bar = name in ("group", "sweep")
-            pl_module.log(f"hift/{name}{suffix}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=1)
-        for name, measured in self._of_step.pop(index, {}).items():
-            pl_module.log(f"hift/{name}{suffix}", measured, batch_size=1)
+    def _log_values(self, trainer: pl.Trainer) -> None:
+        """Show what the last step did: to other callbacks and the bar at once, to loggers when it is their turn.
+
+        Past ``LightningModule.log``, which takes a third of a millisecond for each value.
+        """
+        values: dict[str, Tensor] = {}
+        for index, of_step in self._of_step.items():
+            engine, suffix = self._engines[index], f"/{index}" if len(self._engines) > 1 else ""
+            of_sweep = engine.offloader.exposure
+            found = {
+                "group": engine.active_group.index,
+                "sweep": engine.sweep,
+                "state_bytes_device": engine.offloader.device_bytes,
+                "state_bytes_host": engine.offloader.host_bytes,
+                "exposed_transfer_ms": engine.offloader.exposed_ms(),
+                "exposed_ms": of_sweep.sweep_ms,
+                "exposed_ms_max": of_sweep.sweep_max_ms,
+                **of_step,
+            }
+            if (sent_bytes := getattr(trainer.strategy, "sent_bytes", None)) is not None:
+                found["sent_bytes"] = sent_bytes
+            values |= {f"hift/{name}{suffix}": torch.as_tensor(v, dtype=torch.float32) for name, v in found.items()}
+            on_bar = {f"hift/{name}{suffix}": found[name] for name in ("group", "sweep")}
+            trainer.progress_bar_metrics.update(cast(Any, on_bar))
+        if not values:
+            return
+        self._of_step = {}
+        trainer.callback_metrics.update(values)
+        trainer.logged_metrics.update(values)
+        connector = trainer._logger_connector
+        if connector.should_update_logs or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            connector.log_metrics(values)  # which is where the values of LightningModule.log go
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback for another run: engines belong to the optimizers of this one.
