@@ -21,8 +21,8 @@ from lightning_hift.benchmark.matrix import Benchmark, Cell
 from lightning_hift.benchmark.plots import plot_memory
 from lightning_hift.benchmark.records import Record
 from lightning_hift.benchmark.report import write_csv
+from lightning_hift.engine.probe import state_bytes
 from lightning_hift.groups.grouping import find_layer_units, group_units
-from lightning_hift.planner.probe import state_bytes
 from lightning_hift.table import format_markdown
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -9,6 +9,7 @@ foreign code can move or cast it.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import defaultdict
@@ -33,6 +34,7 @@ from lightning_hift.engine.optimizer_checks import (
     counts_of,
 )
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
+from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
 from lightning_hift.engine.row_slices import Piece, cut_into_turns, steps_element_wise
 from lightning_hift.engine.state_partition import UndividedState
@@ -177,6 +179,7 @@ class HiFTEngine:
         self._state.adopt()
         self._state.keep_apart()
         self._state.make_masters(weights_dtype, inherited)
+        self._reserve_host_memory()
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._counts: dict[str, Any] = {}
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
@@ -625,6 +628,21 @@ class HiFTEngine:
     def _make_turn(self, owner: int | str, pieces: list[Piece], stays: bool = False) -> Turn:
         own = [piece for piece in pieces if self.partition.owns(piece)]
         return Turn(owner, pieces, own, self.offloader.add([piece.handle for piece in own], stays))
+
+    def _reserve_host_memory(self) -> None:
+        """For the state that will come to the host, as far as it is there not yet and can be foretold."""
+        if not self.offloader.reserves or self.policy.state_handling == "reset":
+            return
+        try:
+            known = live_state_bytes(self.optimizer, torch.float32 if self.master_weights != "none" else None)
+        except RuntimeError:  # a foreign optimizer may refuse to be tried out
+            return
+        sizes = []
+        for turn in (turn for turns in self._turns for turn in turns):
+            if all(is_master for is_master, _ in turn.state.flats):
+                found = [(known.get(p.parameter, StateBytes()), p.share) for p in turn.own]
+                sizes.append(sum(math.ceil(each.device * share) + each.host for each, share in found))
+        self.offloader.reserve(sizes)
 
     def _turns_of(self, groups: Sequence[LayerGroup]) -> list[Turn]:
         """What is stepped together, turn by turn."""

@@ -44,6 +44,13 @@ class Piece:
         """Whether this is the parameter itself."""
         return self.start is None
 
+    @property
+    def share(self) -> float:
+        """Its elements relative to those of the parameter that this process holds."""
+        return (
+            1.0 if self.is_whole else self.rows_of(self.parameter.detach()).numel() / (local_numel(self.parameter) or 1)
+        )
+
     def rows_of(self, tensor: Tensor) -> Tensor:
         """The rows of ``tensor``, of the shape of the parameter, that belong to this piece, as a view."""
         return tensor if self.is_whole else local_part(tensor, self.parameter)[self.start : self.stop]

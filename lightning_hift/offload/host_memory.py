@@ -57,6 +57,10 @@ class HostMemory:
         if self._pin_for is not None and nbytes > 0:
             self._reserved.append(self._map_anonymous(nbytes))
 
+    def release_reserved(self) -> None:
+        """Let go of what was reserved in vain."""
+        self._reserved = []
+
     def allocate(self, like: Sequence[Tensor]) -> list[Tensor]:
         """One-dimensional tensors with as many elements, and of the dtypes, of those in ``like``; in their order.
 

@@ -36,6 +36,7 @@ class StateOffloader:
         directory: For ``"disk"``: where to put the files. They are deleted by ``remove_files``, or with this object.
         device_module: Streams and events; default ``torch.get_device_module(device)``.
         always_copy: Copy even where host and device are the same memory. Only useful in tests.
+        show_progress: Is told, while host memory is page-locked, how many bytes are, and how many will be.
 
     Raises:
         ValueError: ``offload`` is unknown, or does not go with ``directory``.
@@ -51,6 +52,7 @@ class StateOffloader:
         directory: str | os.PathLike[str] | None = None,
         device_module: Any = None,
         always_copy: bool = False,
+        show_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         check_offload(offload, directory)
         self.device = torch.device(device)
@@ -58,6 +60,7 @@ class StateOffloader:
         self.prefetch = prefetch
         pinned = pin_memory and can_page_lock(self.device)
         self._memory = HostMemory(self.device if pinned else None, directory)
+        self._show_progress = show_progress
         self._transfers: Transfers | None = None
         # Without streams (Apple's GPUs) host and device share their memory anyway.
         if (always_copy or self.device.type != "cpu") and hasattr(
@@ -83,19 +86,20 @@ class StateOffloader:
         self._group_of |= dict.fromkeys(group.owners, group)
         return group
 
-    def reserve(self, sizes: Sequence[int], show: Callable[[int, int], None] = lambda done, total: None) -> None:
+    @property
+    def reserves(self) -> bool:
+        """Whether it takes time to get host memory, so that it had better be done before the first step."""
+        return self._transfers is not None and self.offload == "host" and self._memory.is_page_locked
+
+    def reserve(self, sizes: Sequence[int]) -> None:
         """Page-lock host memory before it is needed, which takes about a second for 3 GB.
 
         Args:
             sizes: Bytes of each group that will be kept there.
-            show: Gets to know the bytes that are done, and all of them.
         """
-        if self._transfers is None or self.offload != "host" or not self._memory.is_page_locked:
-            return
         for i, size in enumerate(sizes):
-            show(sum(sizes[:i]), sum(sizes))
             self._memory.reserve(size)
-        show(sum(sizes), sum(sizes))
+            self._show_progress(sum(sizes[: i + 1]), sum(sizes))
         self._look_at_memory()
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -323,6 +327,8 @@ class StateOffloader:
                         self._left_slot = group.saved
                     self._leave(group)
                 group.is_resident, group.was_released, group.is_new = False, True, False
+        if all(group.was_released or group.stays for group in self._groups if group.owners):
+            self._memory.release_reserved()
 
     def _is_outside(self, group: GroupState) -> bool:
         """Whether some of it lies outside the slot."""

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from lightning_hift.offload.exposure import Exposure
 from lightning_hift.offload.group_state import ALIGNMENT, Flat
+from lightning_hift.offload.staging import Staging, make_staging
 
 _CHUNK = 2**26  # bytes; small against a group, and long enough for full speed
-_STAGING = 2**24  # bytes of each of two buffers
 
 
 class _Copy(NamedTuple):
@@ -113,6 +113,7 @@ class Transfers:
         self._load_stream = self._streams.Stream(device=device)
         self._save_stream = self._streams.Stream(device=device)
         self._thread: ThreadPoolExecutor | None = None
+        self._staging: Staging | None = None
         self._under_way: dict[Any, deque[_Copy]] = {self._load_stream: deque(), self._save_stream: deque()}
         self._process = os.getpid()
         weakref.finalize(self, _finish, [*self._under_way.values()], self._process)
@@ -123,6 +124,7 @@ class Transfers:
     def copy_in_thread(self) -> None:
         """From now on, copy in a thread."""
         if self._thread is None:
+            self._staging = make_staging(self.device)
             self._thread = ThreadPoolExecutor(1, "hift-copies")
 
     def save(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -181,7 +183,10 @@ class Transfers:
             for source, target in chain.from_iterable(_chunks(*pair) for pair in pairs):
                 if slot is not None and (free := slot.free_after(target)) is not None:
                     stream.wait_event(free)  # Note [Streams] 2
-                target.copy_(source, non_blocking=True)
+                if self._staging is None or source.dim() != 1:
+                    target.copy_(source, non_blocking=True)
+                else:
+                    self._staging.copy(source, target, stream)
                 if slot is not None and slot.range_of(source) is not None:
                     slot.note_read(source, stream.record_event())
             return stream.record_event()

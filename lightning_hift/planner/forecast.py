@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning_hift.engine.probe import StateBytes
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.planner.allocations import Needs
 from lightning_hift.planner.exchange import Exchange, exchange_of, shard_of, weight_bytes
 from lightning_hift.planner.memory import (
     CONTEXT_BYTES,
     GroupBytes,
-    StateBytes,
     group_bytes,
 )
 from lightning_hift.planner.partition import Division, divide

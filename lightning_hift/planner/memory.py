@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_hift.engine.probe import StateBytes
 from lightning_hift.offload.sharded_tensors import local_numel
 from lightning_hift.table import format_bytes
 
@@ -39,14 +40,6 @@ def parse_bytes(text: str | float, name: str = "size") -> int:
 
 
 # --- what must fit ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of one parameter's optimizer state that move with its group, and of what stays on the host."""
-
-    device: int = 0
-    host: int = 0
 
 
 @dataclass(frozen=True)

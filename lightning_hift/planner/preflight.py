@@ -16,14 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.engine.attach import OptimizerGroups
+from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.schedule import SweepSchedule
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.host_memory import check_directory
 from lightning_hift.offload.offloader import Offload
 from lightning_hift.offload.sharded_tensors import local_numel
-from lightning_hift.planner.memory import GroupBytes, StateBytes, available_host_memory, check_memory, group_bytes
-from lightning_hift.planner.probe import live_state_bytes
+from lightning_hift.planner.memory import GroupBytes, available_host_memory, check_memory, group_bytes
 from lightning_hift.precision.master_weights import HALF_DTYPES, MasterWeights, resolve_master_weights
 from lightning_hift.table import format_bytes
 

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.optimizer_checks import check_optimizer
+from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import GroupSize, LayerGroup, LayerUnit, group_units
 from lightning_hift.groups.schedule import SweepSchedule
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.planner.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.planner.made_up_batch import ComputeLoss, find_loss
-from lightning_hift.planner.memory import StateBytes
-from lightning_hift.planner.probe import live_state_bytes, transient_bytes
+from lightning_hift.planner.transient import transient_bytes
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),

@@ -39,6 +39,7 @@ from lightning_hift.groups.turns import Turns, choose_turns
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
+from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.run_length import run_length
 
 _ORDER: Order = "bottom2up"
@@ -268,7 +269,10 @@ class HiFTCallback(Callback):
                 f"precision={strategy.precision_plugin.precision!r} rounds each update to 16 bits; small updates are"
                 " lost. Use strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
             )
-        return {"make_offloader": lambda: StateOffloader(strategy.root_device), "master_weights": "none"}
+        return {
+            "make_offloader": lambda: StateOffloader(strategy.root_device, show_progress=PageLockBar()),
+            "master_weights": "none",
+        }
 
     def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
         if self.hold_lr == "off":

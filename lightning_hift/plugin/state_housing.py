@@ -22,6 +22,7 @@ from lightning_hift.offload.offloader import Offload, StateOffloader, check_offl
 from lightning_hift.planner.memory import parse_bytes
 from lightning_hift.planner.preflight import check_before_run
 from lightning_hift.plugin.callback import HiFTCallback, find_callback, has_no_optimizer
+from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.precision import HiFTPrecision
 from lightning_hift.precision.master_weights import MasterWeights, check_master_weights
 
@@ -101,7 +102,14 @@ class StateHousing(Strategy):
         return 1
 
     def _make_offloader(self) -> StateOffloader:
-        return StateOffloader(self.root_device, self.offload, self.prefetch, self.pin_memory, self.offload_directory)
+        return StateOffloader(
+            self.root_device,
+            self.offload,
+            self.prefetch,
+            self.pin_memory,
+            self.offload_directory,
+            show_progress=PageLockBar(),
+        )
 
     @override
     def connect(self, model: pl.LightningModule) -> None:

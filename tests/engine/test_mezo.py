@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, MeZO
-from lightning_hift.planner.probe import live_state_bytes, state_bytes
+from lightning_hift.engine.probe import live_state_bytes, state_bytes
 from tests.models import (
     GROUPS,
     Automatic,

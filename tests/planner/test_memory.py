@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_hift.engine.probe import StateBytes, live_state_bytes, state_bytes
 from lightning_hift.planner.allocations import AllocationTracker, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.planner.memory import (
     CONTEXT_BYTES,
-    StateBytes,
     available_host_memory,
     check_memory,
     group_bytes,
     parse_bytes,
 )
-from lightning_hift.planner.probe import live_state_bytes, state_bytes, transient_bytes
+from lightning_hift.planner.transient import transient_bytes
 from tests.models import Net, next_token_loss, tokens
 
 GIB = 2**30

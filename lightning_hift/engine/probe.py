@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,16 @@ from torch.optim import Optimizer
 from lightning_hift.engine.optimizer_twin import bare_twin
 from lightning_hift.offload.sharded_tensors import local_shape
 from lightning_hift.offload.state_tree import flatten_state
-from lightning_hift.planner.allocations import AllocationTracker
-from lightning_hift.planner.memory import StateBytes
 
 _PROBE_NUMEL = 2**22
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one parameter's optimizer state that move with its group, and of what stays on the host."""
+
+    device: int = 0
+    host: int = 0
 
 
 def state_bytes(
@@ -51,49 +58,21 @@ def live_state_bytes(optimizer: Optimizer, dtype: torch.dtype | None = None) -> 
     """
     found: dict[nn.Parameter, StateBytes] = {}
     for group in optimizer.param_groups:
-        measured = state_bytes(partial(_twin, optimizer, group), group["params"], dtype)
+        measured = state_bytes(partial(probing_twin, optimizer, group), group["params"], dtype)
         found.update(zip(group["params"], measured, strict=True))
     return found
-
-
-def transient_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> int:
-    """Bytes that one step of ``parameters`` needs for a moment on a GPU, beside state and gradients.
-
-    By default torch's optimizers take all parameters at once there (``foreach``), with temporary copies of all;
-    ``fused=True`` needs none. Where the step cannot be made on tensors without memory, it is taken to need one copy of
-    the largest parameter.
-    """
-    wanted = {id(p) for p in parameters}
-    peak = 0
-    for group in optimizer.param_groups:
-        chosen = [p for p in group["params"] if id(p) in wanted]
-        if not chosen or group.get("fused"):
-            continue
-        foreach = {"foreach": True} if "foreach" in group and group["foreach"] is None else {}
-        tracker = AllocationTracker()
-        try:
-            probes = [_probe(tuple(p.shape), dtype or p.dtype, "meta") for p in chosen]
-            twin = _twin(optimizer, {**group, **foreach}, probes)
-            with tracker:
-                _step(twin)
-                tracker.reset_peak()
-                _step(twin)
-            peak = max(peak, tracker.peak - tracker.current)
-        except Exception:
-            peak = max(peak, *(p.numel() * (dtype or p.dtype).itemsize for p in chosen))
-    return peak
 
 
 def _state_bytes_of(
     make_optimizer: Callable[[list[nn.Parameter]], Optimizer], shape: tuple[int, ...], dtype: torch.dtype
 ) -> StateBytes:
     try:
-        return _measure(make_optimizer, _probe(shape, dtype, "meta"))
+        return _measure(make_optimizer, make_probe(shape, dtype, "meta"))
     except Exception:  # whatever a kernel or a check says about tensors without values
         pass
     lengths, cut = _lengths(shape)
     try:
-        measured = [_measure(make_optimizer, _probe(cut(length), dtype, "cpu")) for length in lengths]
+        measured = [_measure(make_optimizer, make_probe(cut(length), dtype, "cpu")) for length in lengths]
     except Exception as error:
         raise RuntimeError(
             f"The bytes of optimizer state are unknown: a step on one parameter of shape {shape} failed with"
@@ -116,7 +95,8 @@ def _lengths(shape: tuple[int, ...]) -> tuple[list[int], Callable[[int], tuple[i
     return [length // 2, length], lambda n: (*shape[:longest], n, *shape[longest + 1 :])
 
 
-def _probe(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:
+def make_probe(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:
+    """A parameter with a gradient, to try out an optimizer on."""
     probe = nn.Parameter(torch.full(shape, 1e-3, dtype=dtype, device=device))
     probe.grad = torch.full_like(probe, 1e-3)
     return probe
@@ -124,7 +104,7 @@ def _probe(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parame
 
 def _measure(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], probe: nn.Parameter) -> StateBytes:
     optimizer = make_optimizer([probe])
-    _step(optimizer)
+    step_probe(optimizer)
     device = host = 0
     for t in flatten_state(optimizer.state.get(probe, {})).tensors:
         counter = t.ndim == 0 and t.device.type == "cpu"  # torch keeps step counters on the host
@@ -132,7 +112,8 @@ def _measure(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], probe: n
     return StateBytes(device, host)
 
 
-def _twin(optimizer: Optimizer, group: Mapping[str, Any], probes: list[nn.Parameter]) -> Optimizer:
+def probing_twin(optimizer: Optimizer, group: Mapping[str, Any], probes: list[nn.Parameter]) -> Optimizer:
+    """An optimizer like ``optimizer``, with the options of one of its ``param_groups``, over ``probes``."""
     twin = bare_twin(optimizer)
     # Kernels for one device only do not change what is kept.
     plain = {k: False for k in ("fused", "capturable") if group.get(k)}
@@ -140,7 +121,8 @@ def _twin(optimizer: Optimizer, group: Mapping[str, Any], probes: list[nn.Parame
     return twin
 
 
-def _step(optimizer: Optimizer) -> None:
+def step_probe(optimizer: Optimizer) -> None:
+    """One step, which nobody else notices."""
     step: Any = type(optimizer).step
     arguments: list[Any] = [optimizer]
     if not getattr(optimizer, "needs_gradient", True):
