@@ -47,9 +47,9 @@ class HiFTTrainer(pl.Trainer):
         callback = self._hift()
         self._build(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        (found,) = find_groups(model, [optimizer], **callback.grouping)
+        (found,) = find_groups(model, [optimizer], callback.grouping)
         policy = callback.policy.bound_to(found.groups)
-        scales = lr_scales(callback.lr_scale, policy, len(found.groups))
+        scales = lr_scales(callback.options.scale, policy, len(found.groups))
         print(describe_groups(found.groups, found.always_active, policy.most_groups, scales))
 
     def plan(
@@ -138,14 +138,14 @@ class HiFTTrainer(pl.Trainer):
         self._build(model)
         callback = self._hift()
         sizes = {name: getattr(datamodule, name, None) for name in ("batch_size", "sequence_length")}
-        own = {"precision": str(self.precision), "group_size": callback.group_size, **_given(**sizes)}
+        own = {"precision": str(self.precision), "group_size": callback.turns.group_size, **_given(**sizes)}
         return make_plan(
             model,
             Setup(**{**own, **self._strategy_setup(), **self._devices_setup(setup or {}), **(setup or {})}),
             policy=callback.policy,
-            units=callback.units,
-            frozen=callback.frozen,
-            always_active=callback.always_active,
+            units=callback.options.units,
+            frozen=callback.options.frozen,
+            always_active=callback.options.always_active,
             **options,
         )
 

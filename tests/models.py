@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hift import HiFTCallback, HiFTModule, HiFTStrategy
+from lightning_hift import HiFTCallback, HiFTEngine, HiFTModule, HiFTStrategy
 from lightning_hift.tasks.network import NetworkSource, build_network
 
 VOCABULARY, WIDTH = 17, 8
@@ -180,12 +180,22 @@ class Manual(HiFTModule):
         }
 
 
-def as_published(**options: Any) -> HiFTCallback:
-    """The callback with the paper's settings in the place of the defaults; ``hold_lr`` apart."""
+def published(options: dict[str, Any]) -> dict[str, Any]:
+    """The paper's settings in the place of the defaults, with ``options``."""
     paper: dict[str, Any] = {"group_size": 1}
     if options.get("policy") is None:
-        paper |= {"order": "bottom2up", "steps_per_group": 1, "always_active": [], "lr_scale": 1.0}
-    return HiFTCallback(**{**paper, **options})
+        paper |= {"steps_per_group": 1, "always_active": [], "lr_scale": 1.0}
+    return {**paper, **options}
+
+
+def as_published(**options: Any) -> HiFTCallback:
+    """The callback with the paper's settings; ``hold_lr`` apart."""
+    return HiFTCallback(**published(options))
+
+
+def attach_published(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> HiFTEngine:
+    """An engine with the paper's settings."""
+    return HiFTEngine.attach(model, optimizer, **published(options))
 
 
 def trainer(**options: Any) -> pl.Trainer:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTDDPStrategy, HiFTEngine, HiFTFSDPStrategy, HiFTStrategy, StateOffloader
+from lightning_hift import HiFTDDPStrategy, HiFTFSDPStrategy, HiFTStrategy, StateOffloader
 from lightning_hift.distributed.sharded_checkpoint import consolidate
-from tests.models import Automatic, Net, as_published, assert_same_weights, loader, trainer
+from tests.models import Automatic, Net, as_published, assert_same_weights, attach_published, loader, trainer
 from tests.processes import Processes
 
 pytestmark = [
@@ -38,7 +38,7 @@ def train(steps, busy=False, pressure=False, optimizer=None, masters="none", max
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = Wide().cuda()
     make = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model,
         make(model.parameters()),
         make_offloader=lambda: StateOffloader("cuda", **options),
@@ -121,7 +121,7 @@ def test_trainer_on_the_gpu_is_close_to_the_cpu():
 
 def test_state_on_the_device_stays_small():
     model = Wide().cuda()
-    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters(), fused=True))
+    engine = attach_published(model, torch.optim.AdamW(model.parameters(), fused=True))
     for _ in range(8):
         model(torch.randn(2, WIDTH, device="cuda")).mean().backward()
         engine.optimizer.step()
@@ -145,7 +145,7 @@ def _host_tensors(engine):
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_exposed_milliseconds_are_measured(prefetch):
     model = Wide().cuda()
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model,
         torch.optim.AdamW(model.parameters(), fused=True),
         make_offloader=lambda: StateOffloader("cuda", prefetch=prefetch),
@@ -170,7 +170,7 @@ def test_refused_page_lock_is_forgotten():
 
 def test_no_host_sync_on_the_step_path():
     model = Wide().cuda()
-    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters(), fused=True))
+    engine = attach_published(model, torch.optim.AdamW(model.parameters(), fused=True))
 
     def step():
         model(torch.randn(2, WIDTH, device="cuda")).mean().backward()
@@ -190,7 +190,7 @@ def test_no_host_sync_on_the_step_path():
 
 def test_small_net_state_dict_after_offload():
     model = Net().cuda()
-    engine = HiFTEngine.attach(model, torch.optim.AdamW(model.parameters()))
+    engine = attach_published(model, torch.optim.AdamW(model.parameters()))
     for _ in range(5):
         model(torch.zeros(2, 3, dtype=torch.long, device="cuda")).mean().backward()
         engine.optimizer.step()

@@ -127,7 +127,7 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
                 module,
                 self.device_mesh["data_parallel"],
                 self.take_from_first,
-                callback.units,
+                callback.options.units,
                 self.reshard_after_forward,
             )
         reshard(module)

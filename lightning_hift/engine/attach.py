@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hift.engine.engine import ORPHAN_REMEDY, HiFTEngine
-from lightning_hift.engine.lr_scale import LRScale
 from lightning_hift.engine.optimizer_state import parameters_of
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.groups.grouping import (
-    BALANCED,
     GroupSize,
     LayerGroup,
     LayerUnit,
@@ -23,78 +23,43 @@ from lightning_hift.groups.grouping import (
     select_parameters,
     select_units,
 )
-from lightning_hift.groups.policies import POLICIES
-from lightning_hift.groups.schedule import Order, SweepSchedule
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.offloader import StateOffloader
-from lightning_hift.precision.master_weights import MasterWeights
 
 
 def attach_engines(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
+    options: HiFTOptions | None = None,
     *,
-    policy: SelectionPolicy | str | None = None,
-    group_size: GroupSize = 1,
-    order: Order = "bottom2up",
-    reshuffle: bool = False,
-    steps_per_group: int = 1,
-    units: Sequence[str | Sequence[str]] | None = None,
-    frozen: Sequence[str] | None = None,
-    always_active: Sequence[str] | None = None,
-    seed: int = 0,
     make_offloader: Callable[[], StateOffloader] | None = None,
     advance_on_step: bool = True,
-    master_weights: MasterWeights = "auto",
     weights_dtype: torch.dtype | None = None,
-    max_group_numel: int | None = None,
-    lr_scale: LRScale = 1.0,
     partition: UndividedState | None = None,
+    **more: Any,
 ) -> list[HiFTEngine]:
     """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
 
     Args:
         model: The module that owns the parameters.
         optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
-        policy: Which groups train at which step, in the place of ``order``, ``reshuffle`` and ``steps_per_group``; each
-            optimizer gets a copy of its own. Or the name of one, such as ``"LISA"``. Default: HiFT's ``SweepSchedule``
-            with those three.
-        group_size: Layer units per group (m in the paper). Larger groups mean more updates per parameter, and more
-            gradients and state on the device. ``"balanced"``: see ``group_units``.
-        order: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
-        reshuffle: Draw a new random order for each sweep.
-        steps_per_group: Optimizer steps before the next group takes over. Divides the traffic of state.
-        units: Module-path patterns instead of the automatic search; see ``find_layer_units``.
-        frozen: Module-path patterns of parameters that must not train until ``close``.
-        always_active: Patterns of units that train at every step; default: those of the policy, with HiFT none. Their
-            gradients and state never leave the device, and a low one makes every backward pass a deep one.
-        seed: Seed of the random order, and of what other policies draw.
-        make_offloader: Builds the keeper of one optimizer's state; default: host memory.
+        options: What trains when, and where its state lives.
+        make_offloader: Builds the keeper of one optimizer's state; default: as ``options`` say.
         advance_on_step: See ``HiFTEngine``.
-        master_weights: See ``HiFTEngine``.
         weights_dtype: See ``HiFTEngine``.
-        max_group_numel: See ``HiFTEngine``.
-        lr_scale: See ``HiFTEngine``.
         partition: See ``HiFTEngine``; one for all optimizers.
+        more: Fields of ``HiFTOptions`` that are to be others.
 
     Raises:
-        ValueError: An argument is out of range, or does not go with the policy; a pattern matches nothing, or something
-            twice; a trainable parameter is in no optimizer, or in two.
-        TypeError: An optimizer cannot step one group at a time, or ``policy`` is none.
+        ValueError: An option is out of range; a pattern matches nothing, or something twice; a trainable parameter is
+            in no optimizer, or in two.
+        TypeError: An optimizer cannot step one group at a time, or an option does not exist.
         RuntimeError: An optimizer is already under another engine.
     """
-    schedule = SweepSchedule(1, order, reshuffle, steps_per_group, per_unit=group_size == BALANCED)
-    policy = choose_policy(policy, schedule, SweepSchedule())
-    found = find_groups(
-        model,
-        optimizers,
-        policy=policy,
-        group_size=group_size,
-        units=units,
-        frozen=frozen,
-        always_active=always_active,
-    )
-    held_back = _select_frozen(model, frozen)
+    options = replace(options or HiFTOptions(), **more)
+    policy = options.make_policy()
+    found = find_groups(model, optimizers, options, policy)
+    held_back = _select_frozen(model, options.frozen)
     engines: list[HiFTEngine] = []
     for p in held_back:
         p.requires_grad_(False)
@@ -103,15 +68,15 @@ def attach_engines(
             engine = HiFTEngine(
                 optimizer,
                 groups,
-                policy.bound_to(groups, seed),
+                policy.bound_to(groups, options.seed),
                 fixed,
-                make_offloader() if make_offloader else None,
+                make_offloader() if make_offloader else options.make_offloader(_device_of(groups)),
                 advance_on_step,
                 held_back,
-                master_weights,
+                options.master_weights,
                 weights_dtype,
-                max_group_numel,
-                lr_scale,
+                options.max_group_numel,
+                options.scale,
                 partition,
             )
             engines.append(engine)
@@ -124,45 +89,8 @@ def attach_engines(
     return engines
 
 
-def choose_policy(
-    policy: SelectionPolicy | str | None, schedule: SweepSchedule, usual: SweepSchedule
-) -> SelectionPolicy:
-    """``policy``, or HiFT's own.
-
-    Args:
-        policy: Or the name of one, or ``None`` for HiFT's.
-        schedule: HiFT's own, as it was asked for.
-        usual: What it is where nothing was asked for.
-
-    Raises:
-        ValueError: Something was asked for beside a policy, or there is no policy of that name.
-        TypeError: ``policy`` is none.
-    """
-    if policy is None:
-        return schedule
-    if isinstance(policy, str):
-        if policy not in POLICIES:
-            names = ", ".join(map(repr, POLICIES))
-            raise ValueError(
-                f"Got policy={policy!r}; choose one of {names}, pass a SelectionPolicy, or leave it out for HiFT."
-            )
-        policy = POLICIES[policy]()
-    if not isinstance(policy, SelectionPolicy):
-        raise TypeError(
-            f"Got policy={policy!r}; it must be a SelectionPolicy, such as lightning_hift.LISA(), the name of one"
-            f" ({', '.join(POLICIES)}), or None for HiFT."
-        )
-    asked = [
-        f"{name}={value!r}"
-        for name in ("order", "reshuffle", "steps_per_group")
-        if (value := getattr(schedule, name)) != getattr(usual, name)
-    ]
-    if asked:
-        raise ValueError(
-            f"Got {' and '.join(asked)} beside the policy {type(policy).__name__}, which decides by itself when a group"
-            " trains. Leave that out, and give what it takes to the policy."
-        )
-    return policy
+def _device_of(groups: Sequence[LayerGroup]) -> torch.device:
+    return next(p.device for group in groups for p in group.parameters.values())
 
 
 class OptimizerGroups(NamedTuple):
@@ -178,20 +106,24 @@ class OptimizerGroups(NamedTuple):
 
 
 def find_groups(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    *,
-    policy: SelectionPolicy | None = None,
-    group_size: GroupSize = 1,
-    units: Sequence[str | Sequence[str]] | None = None,
-    frozen: Sequence[str] | None = None,
-    always_active: Sequence[str] | None = None,
+    model: nn.Module, optimizers: Sequence[Optimizer], options: HiFTOptions, policy: SelectionPolicy | None = None
 ) -> list[OptimizerGroups]:
-    """The layer groups of each optimizer, as ``attach_engines`` would form them. Nothing is changed; see there."""
-    units = [units] if isinstance(units, str) else units
-    always_active = [always_active] if isinstance(always_active, str) else always_active
-    policy = policy or SweepSchedule()
-    held_back = _select_frozen(model, frozen)
+    """The layer groups of each optimizer, as ``attach_engines`` would form them. Nothing is changed.
+
+    Args:
+        model: See ``attach_engines``.
+        optimizers: Likewise.
+        options: Likewise.
+        policy: In the place of that of ``options``.
+
+    Raises:
+        ValueError: See ``attach_engines``.
+    """
+    policy = policy or options.make_policy()
+    units, always_active = (
+        [patterns] if isinstance(patterns, str) else patterns for patterns in (options.units, options.always_active)
+    )
+    held_back = _select_frozen(model, options.frozen)
     for p in held_back:
         p.requires_grad_(False)
     try:
@@ -201,8 +133,9 @@ def find_groups(
         if always_active is None:
             always = [unit for part in found for unit in policy.choose_always_active(part)]
         else:
-            always = select_units(everything, always_active) if always_active else []
-        return [_divide(part, [unit for unit in part if unit in always], group_size, policy) for part in found]
+            always = select_units(everything, cast(Sequence[str], always_active)) if always_active else []
+        size = options.turns.group_size
+        return [_divide(part, [unit for unit in part if unit in always], size, policy) for part in found]
     finally:
         for p in held_back:
             p.requires_grad_(True)
@@ -233,7 +166,7 @@ def _split(unit: LayerUnit, policy: SelectionPolicy) -> list[LayerUnit]:
     return parts
 
 
-def _select_frozen(model: nn.Module, frozen: Sequence[str] | None) -> list[nn.Parameter]:
+def _select_frozen(model: nn.Module, frozen: Sequence[str] | str | None) -> list[nn.Parameter]:
     frozen = [frozen] if isinstance(frozen, str) else frozen
     return list(select_parameters(model, frozen).values()) if frozen else []
 

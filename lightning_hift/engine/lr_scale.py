@@ -12,7 +12,7 @@ from lightning_hift.groups.selection import SelectionPolicy
 
 LRScale = float | Literal["auto"]
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 _EXPONENT = 0.75
 _LARGEST = 5.0
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.optimizer_checks import check_optimizer
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import GroupSize, LayerGroup, LayerUnit, group_units
 from lightning_hift.groups.schedule import SweepSchedule
@@ -92,7 +93,10 @@ class Workload:
         self.optimizer = self._optimizer(optimizer)
         check_optimizer(self.optimizer)
         (found,) = find_groups(
-            self.model, [self.optimizer], policy=self.policy, units=units, frozen=frozen, always_active=always_active
+            self.model,
+            [self.optimizer],
+            HiFTOptions(units=units, frozen=frozen, always_active=always_active, group_size=1),
+            self.policy,
         )
         self.units: list[LayerUnit] = [unit for group in found.groups for unit in group.units]
         self.always_active = found.always_active

@@ -24,17 +24,18 @@ from typing_extensions import override
 
 from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
-from lightning_hift.engine.attach import attach_engines, choose_policy, find_groups
+from lightning_hift.engine.attach import attach_engines, find_groups
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.lr_forecast import SPANS_RUN
-from lightning_hift.engine.lr_scale import AUTO, LRScale, check_lr_scale
+from lightning_hift.engine.lr_scale import LRScale
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.random_state import get_random_state, set_random_state
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr, is_held
-from lightning_hift.groups.grouping import BALANCED, GroupSize, LayerGroup, check_group_size
+from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.report import describe_groups
-from lightning_hift.groups.schedule import Order, SweepSchedule, check_order
-from lightning_hift.groups.selection import SelectionPolicy, check_count
+from lightning_hift.groups.schedule import Order
+from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.groups.turns import Turns, choose_turns
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.offload.sharded_tensors import is_sharded
@@ -42,8 +43,6 @@ from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.run_length import run_length
 
-_ORDER: Order = "bottom2up"
-_USUAL = SweepSchedule(order=_ORDER, steps_per_group=Turns().steps_per_group, small_head=True)
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 _LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
 _FEW_SWEEPS = 3
@@ -90,7 +89,7 @@ class HiFTCallback(Callback):
     def __init__(
         self,
         group_size: int | str | None = None,
-        order: Order | str = _ORDER,
+        order: Order | str = HiFTOptions.order,
         reshuffle: bool = False,
         steps_per_group: int | None = None,
         hold_lr: HoldLR = "replay",
@@ -102,33 +101,26 @@ class HiFTCallback(Callback):
         lr_scale: LRScale | None = None,
     ) -> None:
         check_hold_lr(hold_lr)
-        if steps_per_group is not None:
-            check_count("steps_per_group", steps_per_group)
-        if group_size is not None:
-            check_group_size(group_size)
-        check_order(order, reshuffle)
-        self.order = cast(Order, order)
-        self.reshuffle = reshuffle
-        self.hold_lr: HoldLR = hold_lr
-        self.units = units
-        self.frozen = frozen
-        self.always_active = always_active
-        self.seed = seed
-        usual_scale = AUTO if policy is None else 1.0
-        self.lr_scale = cast(LRScale, usual_scale if lr_scale is None else lr_scale)
-        check_lr_scale(self.lr_scale)
-        self._asked = cast("tuple[GroupSize | None, int | None]", (group_size, steps_per_group))
-        self._chooses = policy is None
-        size, steps, _ = Turns()
-        self.turns = Turns(
-            cast(GroupSize, group_size or (size if self._chooses else 1)),
-            steps_per_group or steps,
-            per_unit=self._chooses and group_size in (None, BALANCED),
+        self.options = HiFTOptions(
+            policy,
+            cast("GroupSize | None", group_size),
+            cast(Order, order),
+            reshuffle,
+            steps_per_group,
+            units,
+            frozen,
+            always_active,
+            lr_scale=lr_scale,
         )
+        """What the user has asked for."""
+        self.order, self.reshuffle, self.lr_scale = self.options.order, reshuffle, self.options.scale
+        self.units, self.frozen, self.always_active = units, frozen, always_active
+        self.hold_lr: HoldLR = hold_lr
+        self.seed = seed
+        self.turns = self.options.turns
         """How layer groups take turns; chosen anew by the length of each run, as far as the user has not."""
+        self.policy = self.options.make_policy()
         self._turns_on_load: Turns | None = None
-        asked = replace(_USUAL, order=self.order, reshuffle=reshuffle, steps_per_group=self.steps_per_group)
-        self.policy = choose_policy(policy, replace(asked, per_unit=self.turns.per_unit), _USUAL)
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._knows_length = False
@@ -161,10 +153,17 @@ class HiFTCallback(Callback):
         return self.turns.steps_per_group
 
     @property
-    def grouping(self) -> dict[str, Any]:
-        """How groups are formed, as arguments of ``find_groups``."""
-        names = ("policy", "group_size", "units", "frozen", "always_active")
-        return {name: getattr(self, name) for name in names}
+    def grouping(self) -> HiFTOptions:
+        """How groups are formed: the options, with what was chosen by the length of the run."""
+        return replace(
+            self.options,
+            policy=self.policy,
+            group_size=self.turns.group_size,
+            steps_per_group=None,
+            order=HiFTOptions.order,
+            reshuffle=False,
+            lr_scale=self.options.scale,
+        )
 
     @property
     def active_group(self) -> LayerGroup:
@@ -217,22 +216,20 @@ class HiFTCallback(Callback):
 
         Runs before layer groups are formed. Sets up the data loaders of a run that begins.
         """
-        strategy = trainer.strategy
-        if self._running or not self._chooses or None not in self._asked or has_no_optimizer(strategy):
+        strategy, asked = trainer.strategy, self.options
+        size, steps = asked.group_size, asked.steps_per_group
+        if self._running or asked.policy is not None or None not in (size, steps) or has_no_optimizer(strategy):
             return
-        size, steps = self._asked
         if self._turns_on_load is not None:
             loaded = self._turns_on_load
             self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
         elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
-            grouping = {**self.grouping, "group_size": 1}
-            found = find_groups(trainer.lightning_module, strategy.optimizers, **grouping)
+            each_unit = replace(self.grouping, group_size=1)
+            found = find_groups(trainer.lightning_module, strategy.optimizers, each_unit)
             units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
             total = run_length(trainer, len(found)).total_steps
             self.turns = choose_turns(units, total, size, steps, _most_numel(strategy.root_device))
-        self.policy = replace(
-            cast(SweepSchedule, self.policy), steps_per_group=self.steps_per_group, per_unit=self.turns.per_unit
-        )
+        self.policy = asked.make_policy(self.turns)
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Put the Trainer's optimizers and schedulers under HiFT, once per ``fit``. Runs before a checkpoint is loaded.
@@ -251,10 +248,9 @@ class HiFTCallback(Callback):
         self._engines = attach_engines(
             trainer.lightning_module,
             strategy.optimizers,
-            **self.grouping,
+            self.grouping,
             # Of several processes, the first one's.
             seed=strategy.broadcast(self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))),
-            lr_scale=self.lr_scale,
             advance_on_step=False,
             **(strategy.engine_options if hasattr(strategy, "engine_options") else self._engine_options(strategy)),
         )
@@ -305,7 +301,8 @@ class HiFTCallback(Callback):
                     cast(Any, config.scheduler).refuse_waste()
 
     def _warn_about_length(self, trainer: pl.Trainer) -> None:
-        total = self._total_steps
+        total, asked = self._total_steps, self.options
+        asks_for_turns = asked.policy is None and bool(asked.group_size or asked.steps_per_group)
         for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
             missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
             if missing:
@@ -314,11 +311,11 @@ class HiFTCallback(Callback):
                     f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
                     f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
                 )
-            elif self._chooses and any(self._asked) and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
+            elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
                 rank_zero_warn(
                     f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
-                    f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.group_size!r} and"
-                    f" steps_per_group={self.steps_per_group}. Leave them out to have them chosen by the length."
+                    f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.turns.group_size!r} and"
+                    f" steps_per_group={self.turns.steps_per_group}. Leave them out to have them chosen by the length."
                 )
         if self.hold_lr != "once":
             return

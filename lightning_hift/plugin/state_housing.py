@@ -193,7 +193,7 @@ class StateHousing(Strategy):
         told = check_before_run(
             self.model,
             self.optimizers,
-            find_groups(self.model, self.optimizers, **callback.grouping),
+            find_groups(self.model, self.optimizers, callback.grouping),
             self.root_device,
             offload=self.offload,
             directory=self.offload_directory,

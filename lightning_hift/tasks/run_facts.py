@@ -107,15 +107,15 @@ def _method(module: TrainedModule, trainer: Any) -> dict[str, str]:
     if isinstance(callback.policy, SweepSchedule):
         rows = {
             "method": f"HiFT (arXiv 2401.15207): one layer group at a time, {trained}",
-            "order": callback.order + (", drawn anew each sweep" if callback.reshuffle else ""),
+            "order": callback.policy.order + (", drawn anew each sweep" if callback.policy.reshuffle else ""),
             "steps per group": str(callback.steps_per_group) + (" for each unit" if callback.policy.per_unit else ""),
         }
     else:
         rows = {"method": f"{callback.policy.name}: some layer groups at a time, {trained}"}
     rows["layer units per group"] = str(callback.group_size)
     rows["learning rate within a sweep"] = callback.hold_lr
-    if callback.frozen:
-        rows["frozen"] = ", ".join(callback.frozen)
+    if frozen := callback.options.frozen:
+        rows["frozen"] = frozen if isinstance(frozen, str) else ", ".join(frozen)
     for engine in callback.engines:
         if engine.always_active:
             rows["always active"] = ", ".join(unit.name for unit in engine.always_active)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTCallback, HiFTEngine
+from lightning_hift import HiFTCallback
 from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.activations.saved_bytes import SavedBytes
@@ -24,6 +24,7 @@ from tests.models import (
     adamw,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -99,7 +100,7 @@ class Rotation:
 
     def __init__(self, model):
         self.model = model
-        self.engine = HiFTEngine.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), advance_on_step=False)
+        self.engine = attach_published(model, torch.optim.SGD(model.parameters(), lr=0.1), advance_on_step=False)
         self.groups = self.engine.groups
 
     def activate(self, index):
@@ -284,7 +285,7 @@ def test_recomputation_stays_within_the_budget_because_the_lowest_blocks_are_che
 @pytest.mark.parametrize("name", MODELS)
 def test_plenty_checkpoints_nothing_after_the_first_sweep(name):
     model, batches = make(name), tokens(1)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     budget = ActivationBudget(model, PLENTY)
     counts = []
     for _ in range(2 * len(engine.groups)):
@@ -311,7 +312,7 @@ def test_training_ends_with_the_same_weights(name, options):
     ends = []
     for nbytes in (None, PLENTY, 250_000):
         model = make(name)
-        engine = HiFTEngine.attach(model, adamw(model.parameters()), **options)
+        engine = attach_published(model, adamw(model.parameters()), **options)
         budget = ActivationBudget(model, nbytes) if nbytes else None
         torch.manual_seed(4)
         for i, batch in enumerate(batches):

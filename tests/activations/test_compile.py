@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from lightning_hift import HiFTEngine
 from lightning_hift.activations.checkpointing import ActivationBudget
 from tests.activations.test_checkpointing import PLENTY, llama, loss_of, without_cache
 from tests.matrices import crossed
-from tests.models import Net, adamw, assert_same_weights, tokens
+from tests.models import Net, adamw, assert_same_weights, attach_published, tokens
 
 MODELS = {"net": lambda depth: Net(depth=depth), "llama": lambda depth: without_cache(llama(depth))}
 BACKENDS = {"eager": lambda graph, inputs: graph.forward, "aot_eager": aot_eager}
@@ -45,7 +44,7 @@ def blocks_of(model):
 
 def train(model, sweeps=3, nbytes=None, **options):
     """Train, evaluate after each sweep; how many blocks were checkpointed in each batch of the last sweep."""
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), **options)
+    engine = attach_published(model, adamw(model.parameters()), **options)
     budget = ActivationBudget(model, nbytes) if nbytes else None
     batch, counts = tokens(1)[0], []
     for _ in range(sweeps):
@@ -112,7 +111,7 @@ def test_batches_of_many_sizes_with_evaluation_after_each():
     model, counting = Net(depth=12), Counting("eager")
     for block in model.blocks:
         block.compile(backend=counting, dynamic=True)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), group_size=2)
+    engine = attach_published(model, adamw(model.parameters()), group_size=2)
     budget = ActivationBudget(model, 30_000)
     for i in range(4 * len(engine.groups)):
         batch = torch.cat(tokens(2), dim=1)[: 2 + i % 3, : 5 + i % 4]

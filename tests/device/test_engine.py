@@ -11,7 +11,7 @@ import torch
 
 from lightning_hift import HFT, LISA, BAdam, HiFTEngine, StateOffloader
 from tests.matrices import crossed
-from tests.models import Net, adamw, next_token_loss, tokens
+from tests.models import Net, adamw, attach_published, next_token_loss, tokens
 
 pytestmark = pytest.mark.device
 
@@ -54,7 +54,7 @@ def run(
     def start() -> tuple[Net, HiFTEngine]:
         model = Net().to(device, torch.float32 if masters == "none" else torch.bfloat16)
         directory = folder if offload == "disk" else None
-        return model, HiFTEngine.attach(
+        return model, attach_published(
             model,
             OPTIMIZERS[optimizer](model.parameters()),
             make_offloader=lambda: StateOffloader(device, offload, prefetch, pin_memory, directory),

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hift import HFT, LISA, HiFTEngine, StateOffloader
+from lightning_hift import HFT, LISA, StateOffloader
 from lightning_hift.offload.host_memory import HostMemory
 from tests.matrices import crossed
-from tests.models import Net, adamw, next_token_loss, tokens
+from tests.models import Net, adamw, attach_published, next_token_loss, tokens
 
 pytestmark = pytest.mark.device
 
@@ -53,7 +53,7 @@ class Run:
         self.attach()
 
     def attach(self) -> None:
-        self.engine = HiFTEngine.attach(self.model, self.optimizer, **self.options)
+        self.engine = attach_published(self.model, self.optimizer, **self.options)
 
     def step(self, first: int, last: int) -> None:
         for batch in tokens(20)[first:last]:

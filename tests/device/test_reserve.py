@@ -10,7 +10,7 @@ import torch
 from lightning_hift import HiFTEngine, StateOffloader
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.probe import StateBytes
-from tests.models import Net, adamw, assert_same_weights, next_token_loss, tokens
+from tests.models import Net, adamw, assert_same_weights, attach_published, next_token_loss, tokens
 
 pytestmark = pytest.mark.device
 
@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def train(device: str, fused: bool = False, steps: int = 13, **options: Any) -> tuple[Net, HiFTEngine]:
     model = Net().to(device, torch.bfloat16 if "master_weights" in options else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True) if fused else adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer, **options)
+    engine = attach_published(model, optimizer, **options)
     for batch in tokens(steps):
         next_token_loss(model, batch.to(device)).backward()
         optimizer.step()

@@ -9,9 +9,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_hift import HFT, LISA, BAdam, HiFTCallback, HiFTEngine, StateOffloader
+from lightning_hift import HFT, LISA, BAdam, HiFTCallback, StateOffloader
 from tests.matrices import crossed
-from tests.models import Automatic, Manual, Net, adamw, as_published, loader, next_token_loss, tokens, trainer
+from tests.models import (
+    Automatic,
+    Manual,
+    Net,
+    adamw,
+    as_published,
+    attach_published,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+)
 
 pytestmark = pytest.mark.device
 
@@ -34,7 +45,7 @@ PLACES: dict[str, dict[str, Any]] = {"early": {}, "late": {"prefetch": False}, "
 def test_the_engine_waits_for_nothing(options, place, fused, softgpu):
     chosen = OPTIONS[options]()
     model = Net().to("softgpu", torch.bfloat16 if "master_weights" in chosen else torch.float32)
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.01, fused=True) if fused else adamw(model.parameters()),
         make_offloader=lambda: StateOffloader("softgpu", **PLACES[place]),

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from lightning_hift import HiFTEngine, StateOffloader, SweepLR, attach_engines
+from lightning_hift import StateOffloader, SweepLR, attach_engines
 from tests.lagging import lagging
 from tests.matrices import crossed
-from tests.models import GROUPS, Net, adamw, assert_same_weights, next_token_loss, tokens, weights
+from tests.models import GROUPS, Net, adamw, assert_same_weights, attach_published, next_token_loss, tokens, weights
 from tests.reference.round_robin import train_round_robin
 from tests.reference.sweep_means import sweep_means
 
@@ -62,7 +62,7 @@ def windows(batches, size=1):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_independent_optimizers_in_turn(name, offloader):
     model, twin, batches = Net(), Net(), tokens(13)
-    engine = HiFTEngine.attach(model, OPTIMIZERS[name](model.parameters()), make_offloader=OFFLOADERS[offloader])
+    engine = attach_published(model, OPTIMIZERS[name](model.parameters()), make_offloader=OFFLOADERS[offloader])
     train(model, engine, batches)
     train_round_robin(twin, GROUPS, OPTIMIZERS[name], windows(batches), next_token_loss)
     assert_same_weights(model, twin)
@@ -76,7 +76,7 @@ def test_orders_and_group_sizes(order, group_size, offloader):
     joined = [list(chain(*GROUPS[i : i + group_size])) for i in range(0, 5, group_size)]
     model, twin, batches = Net(), Net(), tokens(4 * len(joined) + 1)
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, optimizer, group_size=group_size, order=order, seed=5, make_offloader=OFFLOADERS[offloader]
     )
     assert [list(group.parameters) for group in engine.groups] == joined
@@ -89,7 +89,7 @@ def test_orders_and_group_sizes(order, group_size, offloader):
 @pytest.mark.parametrize("group_size", [5, 6, 100])
 def test_one_group_is_full_fine_tuning(group_size, offloader):
     model, twin, batches = Net(), Net(), tokens(6)
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, adamw(model.parameters()), group_size=group_size, make_offloader=OFFLOADERS[offloader]
     )
     train(model, engine, batches)
@@ -104,9 +104,7 @@ def test_one_group_is_full_fine_tuning(group_size, offloader):
 @pytest.mark.parametrize("offloader", OFFLOADERS)
 def test_steps_per_group_keeps_the_state(offloader):
     model, twin, batches = Net(), Net(), tokens(23)
-    engine = HiFTEngine.attach(
-        model, adamw(model.parameters()), steps_per_group=3, make_offloader=OFFLOADERS[offloader]
-    )
+    engine = attach_published(model, adamw(model.parameters()), steps_per_group=3, make_offloader=OFFLOADERS[offloader])
     train(model, engine, batches)
     train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss, steps_per_group=3)
     assert_same_weights(model, twin)
@@ -115,7 +113,7 @@ def test_steps_per_group_keeps_the_state(offloader):
 @pytest.mark.parametrize("offloader", ["host", "lagging"])
 def test_always_active_units_train_at_every_step(offloader):
     model, twin, batches = Net(), Net(), tokens(11)
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, adamw(model.parameters()), always_active=["head"], make_offloader=OFFLOADERS[offloader]
     )
     assert len(engine.groups) == 4
@@ -126,7 +124,7 @@ def test_always_active_units_train_at_every_step(offloader):
 
 def test_accumulation_keeps_one_group_per_window_and_clipping_sees_only_it():
     model, twin, batches = Net(), Net(), tokens(22)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, batches, accumulate=4, clip_norm=0.05)
     train_round_robin(twin, GROUPS, adamw, windows(batches, 4), next_token_loss, clip_norm=0.05, window_size=4)
     assert_same_weights(model, twin)
@@ -134,9 +132,9 @@ def test_accumulation_keeps_one_group_per_window_and_clipping_sees_only_it():
 
 def test_accumulation_equals_one_large_batch():
     model, twin, batches = Net(), Net(), tokens(40)
-    train(model, HiFTEngine.attach(model, adamw(model.parameters())), batches, accumulate=4)
+    train(model, attach_published(model, adamw(model.parameters())), batches, accumulate=4)
     joined = [torch.cat(batches[i : i + 4]) for i in range(0, 40, 4)]
-    train(twin, HiFTEngine.attach(twin, adamw(twin.parameters())), joined)
+    train(twin, attach_published(twin, adamw(twin.parameters())), joined)
     for name, p in model.named_parameters():
         # Another order of summation, and AdamW amplifies rounding where a gradient is close to 0.
         torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-4, atol=1e-5)
@@ -147,7 +145,7 @@ def test_held_learning_rate(steps):
     lr = sweep_means(lambda t: 0.01 * (1 - t / 20), 5)
     model, twin, batches = Net(), Net(), tokens(steps)
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     bare = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 20)
     scheduler = SweepLR(bare, engine, total_steps=steps)
     train(model, engine, batches, scheduler=scheduler)
@@ -158,7 +156,7 @@ def test_held_learning_rate(steps):
 def test_only_the_active_group_has_gradients_and_is_trainable():
     model, batches = Net(), tokens(7)
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer, order="top2down")
+    engine = attach_published(model, optimizer, order="top2down")
     for step, batch in enumerate(batches):
         expected = GROUPS[4 - step % 5]
         assert list(engine.active_group.parameters) == expected
@@ -187,7 +185,7 @@ def test_backward_stops_at_the_lowest_active_layer():
     model, batch = Net(), tokens(1)[0]
     everything = saved_bytes()
     model.zero_grad()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     saved = []
     for _ in range(5):
         saved.append(saved_bytes())
@@ -200,7 +198,7 @@ def test_backward_stops_at_the_lowest_active_layer():
 
 def test_state_bytes():
     model, batches = Net(), tokens(10)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=lagging)
+    engine = attach_published(model, adamw(model.parameters()), make_offloader=lagging)
     train(model, engine, batches)
     step_counts = 4 * len(list(model.parameters()))
     assert engine.offloader.host_bytes == 8 * sum(p.numel() for p in model.parameters()) + step_counts
@@ -218,7 +216,7 @@ def test_state_bytes():
 )
 def test_resumed_equals_uninterrupted(name, cut, offloader, tmp_path):
     def attach(model):
-        return HiFTEngine.attach(
+        return attach_published(
             model,
             OPTIMIZERS[name](model.parameters()),
             order="random",
@@ -251,7 +249,7 @@ def test_rolled_back_equals_uninterrupted(cut, masters, offloader):
 
     def start():
         model = Net() if masters == "none" else Net().bfloat16()
-        return model, HiFTEngine.attach(
+        return model, attach_published(
             model, adamw(model.parameters()), make_offloader=OFFLOADERS[offloader], master_weights=masters
         )
 
@@ -274,7 +272,7 @@ def test_rolled_back_equals_uninterrupted(cut, masters, offloader):
 def test_tools_that_look_into_the_optimizer_make_no_step_and_find_all(offloader):
     """``torch.distributed.checkpoint`` fills an optimizer without state by a step of its own."""
     model, batches = Net(), tokens(9)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=OFFLOADERS[offloader])
+    engine = attach_published(model, adamw(model.parameters()), make_offloader=OFFLOADERS[offloader])
     get_optimizer_state_dict(model, engine.optimizer)
     assert engine.step == 0
     train(model, engine, batches[:7])
@@ -291,7 +289,7 @@ def test_tools_that_look_into_the_optimizer_make_no_step_and_find_all(offloader)
     assert len(engine.optimizer.state) == 0
     twin = Net()
     twin.load_state_dict(model.state_dict())
-    again = HiFTEngine.attach(twin, adamw(twin.parameters()), make_offloader=OFFLOADERS[offloader])
+    again = attach_published(twin, adamw(twin.parameters()), make_offloader=OFFLOADERS[offloader])
     again.optimizer.load_state_dict(engine.optimizer.state_dict())
     train(twin, again, batches[7:])
     train(model, engine, batches[7:])
@@ -300,7 +298,7 @@ def test_tools_that_look_into_the_optimizer_make_no_step_and_find_all(offloader)
 
 def test_a_copy_of_an_optimizer_steps_what_has_no_state_yet():
     model, batches = Net(), tokens(3)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, batches[:2])
     twin = copy.deepcopy(engine.optimizer)
     for p in twin.param_groups[0]["params"]:
@@ -311,7 +309,7 @@ def test_a_copy_of_an_optimizer_steps_what_has_no_state_yet():
 
 def test_checkpoint_opens_in_a_plain_optimizer():
     model, batches = Net(), tokens(8)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, batches)
     saved = copy.deepcopy(engine.optimizer.state_dict())
 
@@ -337,7 +335,7 @@ def test_plain_checkpoint_opens_in_the_engine():
     saved = copy.deepcopy(plain.state_dict())
 
     twin = copy.deepcopy(model)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     engine.optimizer.load_state_dict(saved)
     assert engine.step == 0
     train(model, engine, tokens(5, seed=8))
@@ -367,8 +365,8 @@ def test_plain_checkpoint_opens_in_the_engine():
 )
 def test_checkpoint_of_another_grouping(changed, message):
     model, other = Net(), Net()
-    saved = HiFTEngine.attach(model, adamw(model.parameters())).optimizer.state_dict()
-    engine = HiFTEngine.attach(other, adamw(other.parameters()), **changed)
+    saved = attach_published(model, adamw(model.parameters())).optimizer.state_dict()
+    engine = attach_published(other, adamw(other.parameters()), **changed)
     with pytest.raises(ValueError, match=message):
         engine.optimizer.load_state_dict(saved)
 
@@ -376,28 +374,28 @@ def test_checkpoint_of_another_grouping(changed, message):
 def test_checkpoint_of_the_same_units_in_another_order():
     model, other = Net(), Net()
     names = ["embedding", "blocks.0", "blocks.1", "blocks.2", ["norm", "head"]]
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), units=names)
-    resumed = HiFTEngine.attach(other, adamw(other.parameters()), units=[names[i] for i in (0, 2, 1, 3, 4)])
+    engine = attach_published(model, adamw(model.parameters()), units=names)
+    resumed = attach_published(other, adamw(other.parameters()), units=[names[i] for i in (0, 2, 1, 3, 4)])
     with pytest.raises(ValueError, match=r"units: 'blocks.0' against 'blocks.1'"):
         resumed.optimizer.load_state_dict(engine.optimizer.state_dict())
 
 
 def test_checkpoint_of_another_seed():
     model, other = Net(), Net()
-    saved = HiFTEngine.attach(model, adamw(model.parameters()), order="random", seed=1).optimizer.state_dict()
-    engine = HiFTEngine.attach(other, adamw(other.parameters()), order="random", seed=2)
+    saved = attach_published(model, adamw(model.parameters()), order="random", seed=1).optimizer.state_dict()
+    engine = attach_published(other, adamw(other.parameters()), order="random", seed=2)
     with pytest.raises(ValueError, match="seed: 1 against 2"):
         engine.optimizer.load_state_dict(saved)
 
 
 def test_moments_keep_their_dtype_on_load():
     model = Net().to(torch.bfloat16)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, tokens(5))
     saved = engine.optimizer.state_dict()
     saved["state"] = {i: {k: v.float() if k != "step" else v for k, v in s.items()} for i, s in saved["state"].items()}
     other = Net().to(torch.bfloat16)
-    resumed = HiFTEngine.attach(other, adamw(other.parameters()))
+    resumed = attach_published(other, adamw(other.parameters()))
     resumed.optimizer.load_state_dict(saved)
     assert {s["exp_avg"].dtype for s in resumed.optimizer.state_dict()["state"].values()} == {torch.float32}
 
@@ -410,7 +408,7 @@ def test_close_restores_everything_and_loses_nothing():
     for net in (model, twin):
         net.blocks[1].up.weight.requires_grad_(False)
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer, frozen=["blocks.0"])
+    engine = attach_published(model, optimizer, frozen=["blocks.0"])
     train(model, engine, batches[:10])
     before = copy.deepcopy(optimizer.state_dict())
     engine.close()
@@ -436,11 +434,11 @@ def test_close_restores_everything_and_loses_nothing():
 def test_second_engine_takes_over_state_and_position():
     model, twin, batches = Net(), Net(), tokens(14)
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     train(model, engine, batches[:7])
     engine.close()
     assert len(optimizer.state) == 0
-    second = HiFTEngine.attach(model, optimizer)
+    second = attach_published(model, optimizer)
     assert second.step == 7
     train(model, second, batches[7:])
     train_round_robin(twin, GROUPS, adamw, windows(batches), next_token_loss)
@@ -450,14 +448,14 @@ def test_second_engine_takes_over_state_and_position():
 def test_two_open_engines_on_one_optimizer_are_refused():
     model = Net()
     optimizer = adamw(model.parameters())
-    HiFTEngine.attach(model, optimizer)
+    attach_published(model, optimizer)
     with pytest.raises(RuntimeError, match="already under HiFT"):
-        HiFTEngine.attach(model, optimizer, group_size=2)
+        attach_published(model, optimizer, group_size=2)
 
 
 def test_engine_and_optimizer_are_freed_together():
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, tokens(2))
     engine_ref, optimizer_ref = weakref.ref(engine), weakref.ref(engine.optimizer)
     del engine, model
@@ -469,7 +467,7 @@ def test_engine_and_optimizer_are_freed_together():
 def test_scaler_that_skips_a_step_repeats_the_group_in_a_plain_loop():
     model = Net()
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = copy.deepcopy(model.state_dict())
     scaler.scale(next_token_loss(model, tokens(1)[0]) * float("inf")).backward()
@@ -485,7 +483,7 @@ def test_scaler_that_skips_a_step_repeats_the_group_in_a_plain_loop():
 
 def test_first_sweep_report():
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, tokens(4))
     assert engine.first_sweep_report() is None
     train(model, engine, tokens(1))
@@ -500,7 +498,7 @@ def test_first_sweep_report_names_what_did_not_move():
     model.blocks[0].unused = nn.Parameter(torch.ones(2))
     model.blocks[1].scaled = nn.Parameter(torch.ones(2))
     model.blocks[1].register_forward_hook(lambda module, args, out: out + 0 * module.scaled.sum())
-    engine = HiFTEngine.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    engine = attach_published(model, torch.optim.SGD(model.parameters(), lr=0.1))
     train(model, engine, tokens(5))
     report = engine.first_sweep_report()
     assert not report.complete
@@ -515,21 +513,21 @@ def test_first_sweep_report_names_what_did_not_move():
 def test_refused_optimizers(refused):
     model = Net()
     with pytest.raises(TypeError, match=f"{refused.__name__} cannot train one layer group at a time"):
-        HiFTEngine.attach(model, refused(model.parameters()))
+        attach_published(model, refused(model.parameters()))
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_parameter_in_no_optimizer():
     model = Net()
     with pytest.raises(ValueError, match=r"No optimizer holds the trainable parameters \['norm.weight', 'norm.bias'\]"):
-        HiFTEngine.attach(model, adamw([p for n, p in model.named_parameters() if not n.startswith("norm.")]))
+        attach_published(model, adamw([p for n, p in model.named_parameters() if not n.startswith("norm.")]))
 
 
 def test_optimizer_with_a_strange_parameter():
     model = Net()
     stranger = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"no layer group has, of shapes \[\(3,\)\]"):
-        HiFTEngine.attach(model, adamw([*model.parameters(), stranger]))
+        attach_published(model, adamw([*model.parameters(), stranger]))
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -544,7 +542,7 @@ def test_group_without_gradient_is_named():
     model = Net()
     model.blocks.append(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model.forward = lambda x: model.head(model.norm(model.embedding(x)))
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     train(model, engine, tokens(1))
     engine.optimizer.zero_grad()
     with pytest.raises(RuntimeError, match=r"Layer group 1 \(blocks.0\).*frozen=.*use_reentrant=False"):
@@ -554,12 +552,12 @@ def test_group_without_gradient_is_named():
 def test_everything_always_active_is_refused():
     model = Net()
     with pytest.raises(ValueError, match="group_size=5"):
-        HiFTEngine.attach(model, adamw(model.parameters()), always_active=["embedding", "blocks.*", "head"])
+        attach_published(model, adamw(model.parameters()), always_active=["embedding", "blocks.*", "head"])
 
 
 def test_parameters_added_later_are_refused():
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     engine.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(RuntimeError, match="new parameters after HiFT was attached"):
         engine.activate()

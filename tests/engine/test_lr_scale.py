@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_hift import HFT, LISA, BAdam, HiFTCallback, HiFTEngine, MeZO, SelectionPolicy, SweepSchedule
+from lightning_hift import HFT, LISA, BAdam, HiFTCallback, MeZO, SelectionPolicy, SweepSchedule
 from lightning_hift.engine.lr_scale import lr_scales
 from lightning_hift.groups.grouping import find_layer_units, group_units
 from tests.lagging import lagging
@@ -18,6 +18,7 @@ from tests.models import (
     ResumableLoader,
     adamw,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -83,7 +84,7 @@ def test_refused(lr_scale):
     with pytest.raises(ValueError, match=r"lr_scale=.*must be a number above 0.*'auto'"):
         HiFTCallback(lr_scale=lr_scale)
     with pytest.raises(ValueError, match=r"lr_scale=.*must be a number above 0.*'auto'"):
-        HiFTEngine.attach(model := Net(), adamw(model.parameters()), lr_scale=lr_scale)
+        attach_published(model := Net(), adamw(model.parameters()), lr_scale=lr_scale)
 
 
 @pytest.mark.parametrize("make_offloader", [None, lagging])
@@ -93,7 +94,7 @@ def test_equals_independent_optimizers_with_other_learning_rates(name, lr_scale,
     model, twin, batches = Net(), Net(), tokens(13)
     optimizer = OPTIMIZERS[name](model.parameters())
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    engine = HiFTEngine.attach(model, optimizer, lr_scale=lr_scale, make_offloader=make_offloader)
+    engine = attach_published(model, optimizer, lr_scale=lr_scale, make_offloader=make_offloader)
     train(model, optimizer, batches)
     scales = [3.0] * 5 if lr_scale == 3.0 else engine.lr_scales
     train_round_robin(twin, GROUPS, scaled(OPTIMIZERS[name], scales), [[b] for b in batches], next_token_loss)
@@ -104,7 +105,7 @@ def test_equals_independent_optimizers_with_other_learning_rates(name, lr_scale,
 def test_groups_with_turns_of_different_lengths():
     model, twin, batches = Net(), Net(), tokens(17)
     policy = SweepSchedule(turns=(1, 3, 1, 1, 2), num_groups=5)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), policy=policy, lr_scale="auto")
+    engine = attach_published(model, adamw(model.parameters()), policy=policy, lr_scale="auto")
     assert len(set(engine.lr_scales)) == 3
     train(model, engine.optimizer, batches)
     optimizers = [
@@ -120,7 +121,7 @@ def test_groups_with_turns_of_different_lengths():
 
 def test_always_active_units_keep_their_learning_rate():
     model, twin, batches = Net(), Net(), tokens(11)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), always_active=["head"], lr_scale=4.0)
+    engine = attach_published(model, adamw(model.parameters()), always_active=["head"], lr_scale=4.0)
     train(model, engine.optimizer, batches)
     make = scaled(adamw, chain([4.0] * 4, [1.0]))
     train_round_robin(twin, GROUPS[:-1], make, [[b] for b in batches], next_token_loss, always_active=GROUPS[-1])
@@ -130,15 +131,15 @@ def test_always_active_units_keep_their_learning_rate():
 def test_slices_are_scaled_like_the_whole():
     whole, sliced, batches = Net(), Net(), tokens(11)
     for model, most in ((whole, None), (sliced, 40)):
-        HiFTEngine.attach(model, optimizer := adamw(model.parameters()), lr_scale=2.5, max_group_numel=most)
+        attach_published(model, optimizer := adamw(model.parameters()), lr_scale=2.5, max_group_numel=most)
         train(model, optimizer, batches)
     assert_same_weights(whole, sliced)
 
 
 def test_masters_are_stepped_with_the_scaled_rate():
     plain, other, batches = Net().bfloat16(), Net().bfloat16(), tokens(11)
-    HiFTEngine.attach(plain, once := scaled(adamw, [2.0])(plain.parameters()))
-    HiFTEngine.attach(other, hift := adamw(other.parameters()), lr_scale=2.0)
+    attach_published(plain, once := scaled(adamw, [2.0])(plain.parameters()))
+    attach_published(other, hift := adamw(other.parameters()), lr_scale=2.0)
     train(plain, once, batches)
     train(other, hift, batches)
     assert_same_weights(plain, other)
@@ -146,7 +147,7 @@ def test_masters_are_stepped_with_the_scaled_rate():
 
 def test_a_rate_that_the_step_itself_changes_is_kept_in_proportion():
     model, twin, batches = Net(), Net(), tokens(11)
-    engine = HiFTEngine.attach(model, Cooling(model.parameters()), lr_scale=4.0)
+    engine = attach_published(model, Cooling(model.parameters()), lr_scale=4.0)
     train(model, engine.optimizer, batches)
     train_round_robin(twin, GROUPS, scaled(Cooling, [4.0] * 5), [[b] for b in batches], next_token_loss)
     assert_same_weights(model, twin)
@@ -155,7 +156,7 @@ def test_a_rate_that_the_step_itself_changes_is_kept_in_proportion():
 
 def test_a_step_that_fails_leaves_the_learning_rate_alone():
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), lr_scale=4.0)
+    engine = attach_published(model, adamw(model.parameters()), lr_scale=4.0)
     next_token_loss(model, tokens(1)[0]).backward()
     engine.optimizer.param_groups[0]["betas"] = None
     with pytest.raises(TypeError):
@@ -188,11 +189,11 @@ def test_the_rule():
 
 def test_zeroth_order_optimizers_keep_their_learning_rate():
     model = Net()
-    engine = HiFTEngine.attach(model, MeZO(model.parameters(), lr=0.01), lr_scale="auto")
+    engine = attach_published(model, MeZO(model.parameters(), lr=0.01), lr_scale="auto")
     assert engine.lr_scales == (1.0,) * 5
     engine.close()
     with pytest.raises(ValueError, match=r"lr_scale=2\.0, but MeZO moves all active parameters at once"):
-        HiFTEngine.attach(model, MeZO(model.parameters(), lr=0.01), lr_scale=2.0)
+        attach_published(model, MeZO(model.parameters(), lr=0.01), lr_scale=2.0)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +205,11 @@ def test_zeroth_order_optimizers_keep_their_learning_rate():
 )
 def test_optimizers_that_find_their_own_rate_are_left_alone(make, why):
     model = Net()
-    engine = HiFTEngine.attach(model, make(model.parameters()), lr_scale="auto")
+    engine = attach_published(model, make(model.parameters()), lr_scale="auto")
     assert engine.lr_scales == (1.0,) * 5
     if why is not None:
         with pytest.raises(ValueError, match=f"lr_scale=2.0, but Adafactor {why}"):
-            HiFTEngine.attach(other := Net(), make(other.parameters()), lr_scale=2.0)
+            attach_published(other := Net(), make(other.parameters()), lr_scale=2.0)
 
 
 def test_schedules_and_what_is_logged_know_nothing_of_it():

@@ -6,8 +6,20 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_hift import HiFTEngine, SweepLR
-from tests.models import Automatic, Manual, Net, adamw, as_published, loader, next_token_loss, tokens, trainer, weights
+from lightning_hift import SweepLR
+from tests.models import (
+    Automatic,
+    Manual,
+    Net,
+    adamw,
+    as_published,
+    attach_published,
+    loader,
+    next_token_loss,
+    tokens,
+    trainer,
+    weights,
+)
 from tests.reference.sweep_means import sweep_means
 
 STEPS = 13  # two sweeps of five groups and a part of the third
@@ -128,7 +140,7 @@ def test_no_schedule_is_stepped_past_its_total():
 def test_plain_loop_makes_up_right_after_the_last_step_of_a_sweep():
     model = Net()
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     scheduler = SweepLR(schedulers.ExponentialLR(optimizer, 0.5), engine)
     lrs = []
     for batch in tokens(11):
@@ -148,7 +160,7 @@ def test_state_round_trip(name, cut, finished):
     def start():
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        engine = HiFTEngine.attach(model, optimizer)
+        engine = attach_published(model, optimizer)
         return model, optimizer, SweepLR(SCHEDULES[name](optimizer), engine, steps_ahead=STEPS)
 
     def steps(model, optimizer, scheduler, batches):
@@ -179,7 +191,7 @@ def test_bare_scheduler_state_opens_and_held_state_opens_in_a_bare_scheduler():
     bare.step()
     model = Net()
     second = adamw(model.parameters())
-    held = SweepLR(schedulers.ExponentialLR(second, 0.5), HiFTEngine.attach(model, second))
+    held = SweepLR(schedulers.ExponentialLR(second, 0.5), attach_published(model, second))
     held.load_state_dict(bare.state_dict())
     assert held.last_epoch == 1
     third = adamw(Net().parameters())
@@ -191,6 +203,6 @@ def test_bare_scheduler_state_opens_and_held_state_opens_in_a_bare_scheduler():
 def test_unknown_mode():
     model = Net()
     optimizer = adamw(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     with pytest.raises(ValueError, match="hold_lr='twice'; choose one of 'replay', 'once', 'off'"):
         SweepLR(schedulers.ExponentialLR(optimizer, 0.5), engine, "twice")

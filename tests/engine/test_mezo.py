@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, MeZO
+from lightning_hift import HiFTCallback, HiFTStrategy, MeZO
 from lightning_hift.engine.probe import live_state_bytes, state_bytes
 from tests.models import (
     GROUPS,
@@ -20,6 +20,7 @@ from tests.models import (
     ResumableLoader,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -251,7 +252,7 @@ def test_each_step_moves_one_group(always: list[str]) -> None:
 def test_in_a_plain_loop() -> None:
     model, (batch,) = Net(), tokens(1)
     optimizer = mezo(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer)
+    engine = attach_published(model, optimizer)
     for group in GROUPS:
         before = weights(model)
         optimizer.step(lambda: next_token_loss(model, batch))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader, SweepLR
+from lightning_hift import HiFTStrategy, StateOffloader, SweepLR
 from tests.lagging import LaggingDevice
 from tests.matrices import crossed
 from tests.models import (
@@ -17,6 +17,7 @@ from tests.models import (
     ResumableLoader,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -67,7 +68,7 @@ def lagging(**options):
 
 
 def attach(case, model, make_offloader=lagging, **options):
-    return HiFTEngine.attach(model, case.make(model.parameters()), make_offloader=make_offloader, **options)
+    return attach_published(model, case.make(model.parameters()), make_offloader=make_offloader, **options)
 
 
 def train(model, engine, batches, scheduler=None):
@@ -296,7 +297,7 @@ def test_state_from_the_constructor_is_never_on_the_device_as_a_whole(name, pref
     model = case.model()
     optimizer = case.make(model.parameters())
     assert len(optimizer.state) == len(list(model.parameters()))
-    engine = HiFTEngine.attach(model, optimizer, make_offloader=lambda: lagging(prefetch=prefetch))
+    engine = attach_published(model, optimizer, make_offloader=lambda: lagging(prefetch=prefetch))
     assert len(optimizer.state) == 0
     sizes = [4 * (group.numel + len(group.parameters)) for group in engine.groups]
     slot = -(-max(sizes) // 64) * 64
@@ -352,7 +353,7 @@ def test_row_slices_step_as_the_whole_does(name, dtype):
 def test_refused_with_a_reason(name, reason):
     model = Net()
     with pytest.raises(TypeError, match=rf"{name} cannot train one layer group at a time: .*{reason}.*AdamW"):
-        HiFTEngine.attach(model, of_torch(name)(model.parameters()))
+        attach_published(model, of_torch(name)(model.parameters()))
 
 
 class CountsOnItself(torch.optim.SGD):
@@ -371,7 +372,7 @@ class CountsOnItself(torch.optim.SGD):
 
 def test_counts_on_the_optimizer_itself_are_refused():
     model = Net()
-    engine = HiFTEngine.attach(model, CountsOnItself(model.parameters()))
+    engine = attach_published(model, CountsOnItself(model.parameters()))
     with pytest.raises(TypeError, match=r"CountsOnItself cannot train one layer group at a time: .*num_steps"):
         train(model, engine, tokens(2))
 
@@ -391,7 +392,7 @@ def test_wrapped_optimizer_is_refused():
     model = Net()
     wrapper = Wrapper(torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match=r"Wrapper cannot train one layer group at a time: it wraps .*AdamW"):
-        HiFTEngine.attach(model, wrapper)
+        attach_published(model, wrapper)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_wrapped_optimizer_is_refused():
 def test_third_party_features_that_move_state_themselves_are_refused(make, reason):
     model = Matrices()
     with pytest.raises(TypeError, match=f"cannot train one layer group at a time: .*{re.escape(reason)}"):
-        HiFTEngine.attach(model, make(model.parameters()))
+        attach_published(model, make(model.parameters()))
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_hift import HiFTEngine, StateOffloader, SweepLR
+from lightning_hift import StateOffloader, SweepLR
 from tests.lagging import LaggingDevice
 from tests.models import (
     GROUPS,
@@ -18,6 +18,7 @@ from tests.models import (
     adamw,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -192,14 +193,14 @@ def test_sparse_gradients():
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_complex_and_empty_parameters():
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 0), nn.Linear(0, 2))
-    engine = HiFTEngine.attach(model[:1], adamw(model[:1].parameters()))
+    engine = attach_published(model[:1], adamw(model[:1].parameters()))
     model[0](torch.ones(2, 4, dtype=torch.complex64)).abs().sum().backward()
     engine.optimizer.step()
     assert engine.first_sweep_report().complete
 
     net = Net()
     net.blocks[0].empty = nn.Parameter(torch.empty(0))
-    engine = HiFTEngine.attach(net, adamw(net.parameters()))
+    engine = attach_published(net, adamw(net.parameters()))
     for batch in tokens(5):
         next_token_loss(net, batch).backward()
         engine.optimizer.step()
@@ -242,12 +243,12 @@ def test_moved_model_is_noticed():
     offloader = StateOffloader("cpu")
     offloader.device = torch.device("cuda")
     with pytest.raises(RuntimeError, match="parameters are on cpu, but the optimizer state is kept for cuda"):
-        HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=lambda: offloader)
+        attach_published(model, adamw(model.parameters()), make_offloader=lambda: offloader)
 
 
 def test_close_restores_requires_grad_even_if_the_device_fails(monkeypatch):
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     monkeypatch.setattr(StateOffloader, "release_all", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.close()
@@ -284,7 +285,7 @@ def test_callback_can_be_copied_and_pickled_after_fit():
 
 def test_a_single_pattern_may_be_a_string():
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), frozen="embedding", always_active="head")
+    engine = attach_published(model, adamw(model.parameters()), frozen="embedding", always_active="head")
     assert [group.name for group in engine.groups] == ["blocks.0", "blocks.1", "blocks.2"]
     assert [unit.name for unit in engine.always_active] == ["head"]
 
@@ -309,11 +310,11 @@ def test_group_size_is_a_whole_number(value):
 
 def test_compiled_and_plain_module_share_checkpoints():
     net = Net()
-    engine = HiFTEngine.attach(net, adamw(net.parameters()))
+    engine = attach_published(net, adamw(net.parameters()))
     saved = engine.optimizer.state_dict()
     other = nn.ModuleDict({"_orig_mod": Net()})
     optimizer = adamw(other.parameters())
-    resumed = HiFTEngine.attach(
+    resumed = attach_published(
         other, optimizer, units=["_orig_mod.embedding", "_orig_mod.blocks.*", ["_orig_mod.norm", "_orig_mod.head"]]
     )
     saved["hift"]["units"] = [(name.replace("head", "norm"), p) for name, p in saved["hift"]["units"]]
@@ -448,7 +449,7 @@ def test_scheduler_whose_step_takes_an_epoch():
 
 def test_attributes_of_a_held_scheduler_can_be_set():
     optimizer = adamw((model := Net()).parameters())
-    held = SweepLR(schedulers.CosineAnnealingLR(optimizer, T_max=100), HiFTEngine.attach(model, optimizer))
+    held = SweepLR(schedulers.CosineAnnealingLR(optimizer, T_max=100), attach_published(model, optimizer))
     held.T_max = 10
     assert held.state_dict()["T_max"] == 10
 
@@ -487,7 +488,7 @@ def test_schedule_after_an_excursion_to_plain_lightning(tmp_path):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_copies_of_an_optimizer_hold_its_state(copied, closed):
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     for batch in tokens(7):
         next_token_loss(model, batch).backward()
         engine.optimizer.step()

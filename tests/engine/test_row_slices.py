@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hift import HiFTEngine, HiFTStrategy, StateOffloader
+from lightning_hift import HiFTStrategy, StateOffloader
 from lightning_hift.engine.row_slices import cut_into_turns, steps_element_wise
 from tests.lagging import LaggingDevice
 from tests.matrices import crossed
@@ -17,6 +17,7 @@ from tests.models import (
     ResumableLoader,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -60,7 +61,7 @@ def lagging():
 
 def train(make, max_group_numel=None, steps=11, model=None, **options):
     model = model or Tall()
-    engine = HiFTEngine.attach(model, make(model.parameters()), max_group_numel=max_group_numel, **options)
+    engine = attach_published(model, make(model.parameters()), max_group_numel=max_group_numel, **options)
     for batch in tokens(steps):
         next_token_loss(model, batch).backward()
         engine.optimizer.step()
@@ -98,7 +99,7 @@ def test_state_on_the_device_is_that_of_a_slice():
     _, engine = train(OPTIMIZERS["AdamW"], make_offloader=lagging)
     assert engine.offloader.device_bytes >= 8 * VOCABULARY * WIDTH
     model, engine = Tall(), None
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, OPTIMIZERS["AdamW"](model.parameters()), max_group_numel=640, make_offloader=lagging
     )
     for batch in tokens(15):
@@ -113,7 +114,7 @@ def test_resume_with_another_limit(saved_with, resumed_with):
     model, engine = train(OPTIMIZERS["AdamW"], saved_with, steps=6)
     again = Tall(seed=4)
     again.load_state_dict(model.state_dict())
-    other = HiFTEngine.attach(again, OPTIMIZERS["AdamW"](again.parameters()), max_group_numel=resumed_with)
+    other = attach_published(again, OPTIMIZERS["AdamW"](again.parameters()), max_group_numel=resumed_with)
     other.optimizer.load_state_dict(engine.optimizer.state_dict())
     for batch in tokens(11)[6:]:
         next_token_loss(again, batch).backward()
@@ -211,7 +212,7 @@ def test_slices_hold_on_to_no_weights():
 
 def test_sparse_gradients_are_refused():
     model = nn.Sequential(nn.Embedding(50, 64, sparse=True), nn.Linear(64, 4))
-    engine = HiFTEngine.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), max_group_numel=300)
+    engine = attach_published(model, torch.optim.SGD(model.parameters(), lr=0.1), max_group_numel=300)
     model(tokens(1)[0]).sum().backward()
     with pytest.raises(RuntimeError, match="sparse gradient, which cannot be cut into rows"):
         engine.optimizer.step()

@@ -11,12 +11,21 @@ import torch
 
 from lightning_hift import HiFTDDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates
 from lightning_hift.engine.attach import find_groups
-from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.optimizer_checks import check_divisible
 from lightning_hift.offload import host_memory
 from lightning_hift.planner import preflight
 from lightning_hift.plugin.callback import find_callback
-from tests.models import Automatic, Net, ResumableLoader, as_published, next_token_loss, tokens, trainer, weights
+from tests.models import (
+    Automatic,
+    Net,
+    ResumableLoader,
+    as_published,
+    attach_published,
+    next_token_loss,
+    tokens,
+    trainer,
+    weights,
+)
 from tests.optimizers import OPTIMIZERS
 from tests.processes import Processes, succeeded
 
@@ -373,7 +382,7 @@ def run_parts():
     for act in (
         lambda: kept.optimizer.load_state_dict(kept.state),
         lambda: kept.optimizer.step(),
-        lambda: HiFTEngine.attach(Net(), kept.optimizer, units=[]),
+        lambda: attach_published(Net(), kept.optimizer, units=[]),
     ):
         try:
             act()

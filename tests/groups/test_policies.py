@@ -17,7 +17,6 @@ from lightning_hift import (
     LISA,
     BAdam,
     HiFTCallback,
-    HiFTEngine,
     HiFTStrategy,
     LayerGroup,
     LayerUnit,
@@ -41,6 +40,7 @@ from tests.models import (
     adamw,
     as_published,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -115,7 +115,7 @@ OFFLOADERS = {
 
 def attach(model, policy, optimizer="adamw", **options):
     made = OPTIMIZERS[optimizer](model.parameters())
-    return HiFTEngine.attach(model, made, policy=policy, seed=SEED, **options)
+    return attach_published(model, made, policy=policy, seed=SEED, **options)
 
 
 def train(model, engine, batches, accumulate=1):
@@ -287,7 +287,7 @@ def test_optimizers_of_others(name, policy):
     if name.startswith("ScheduleFree") and policy.state_handling == "reset":
         pytest.skip("refused")
     optimizer = case.make(model.parameters())
-    engine = HiFTEngine.attach(model, optimizer, policy=policy, seed=SEED, make_offloader=lagging)
+    engine = attach_published(model, optimizer, policy=policy, seed=SEED, make_offloader=lagging)
     train(model, engine, batches)
     train_selected(
         twin,
@@ -478,7 +478,7 @@ def test_a_closed_engine_goes_on_where_it_stood():
     model, whole, batches = Net(), Net(), tokens(12)
     optimizer = adamw(model.parameters())
     for part in (batches[:5], batches[5:]):
-        engine = HiFTEngine.attach(model, optimizer, policy=IST(1, 2, state_handling="reset"), seed=SEED)
+        engine = attach_published(model, optimizer, policy=IST(1, 2, state_handling="reset"), seed=SEED)
         train(model, engine, part)
         engine.close()
     train(whole, attach(whole, IST(1, 2, state_handling="reset")), batches)
@@ -802,13 +802,13 @@ def test_an_average_of_the_whole_run_cannot_be_reset():
 
     model = Net()
     with pytest.raises(TypeError, match=r"Averaging keeps an average of the weights .* Use state_handling='keep'"):
-        HiFTEngine.attach(model, Averaging(model.parameters()), policy=BAdam())
-    HiFTEngine.attach(model, Averaging(model.parameters()), policy=LISA())
+        attach_published(model, Averaging(model.parameters()), policy=BAdam())
+    attach_published(model, Averaging(model.parameters()), policy=LISA())
 
 
 def test_default_always_active_units_may_be_missing_and_can_be_taken_back():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), policy=LISA(1))
+    engine = attach_published(model, adamw(model.parameters()), policy=LISA(1))
     assert {unit.name for unit in engine.always_active} <= {"embedding", "head"}
     assert attach(Net(), LISA(2), always_active=[]).always_active == ()
 
@@ -816,4 +816,4 @@ def test_default_always_active_units_may_be_missing_and_can_be_taken_back():
 def test_an_optimizer_that_lives_by_its_state_is_not_reset():
     model = Net()
     with pytest.raises(TypeError, match=r"MeZO draws its noise by the steps .* Use state_handling='keep'"):
-        HiFTEngine.attach(model, MeZO(model.parameters()), policy=BAdam())
+        attach_published(model, MeZO(model.parameters()), policy=BAdam())

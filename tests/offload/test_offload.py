@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hift import HiFTEngine, StateOffloader
+from lightning_hift import StateOffloader
 from tests.lagging import LaggingDevice
-from tests.models import Net, adamw, next_token_loss, tokens
+from tests.models import Net, adamw, attach_published, next_token_loss, tokens
 
 
 def parameter(value=0.0):
@@ -268,9 +268,7 @@ def test_unknown_tier():
 def steps_on(offloader, steps=7, repeats=1):
     """Weights and final state after a few steps; ``repeats`` steps the same batch's group several times."""
     model = Net()
-    engine = HiFTEngine.attach(
-        model, adamw(model.parameters()), make_offloader=lambda: offloader, advance_on_step=False
-    )
+    engine = attach_published(model, adamw(model.parameters()), make_offloader=lambda: offloader, advance_on_step=False)
     for batch in tokens(steps):
         engine.activate()
         for _ in range(repeats):
@@ -362,7 +360,7 @@ class Watch(TorchDispatchMode):
 def test_the_host_waits_for_nothing_in_a_step(options):
     device = LaggingDevice()
     model = Net()
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model,
         torch.optim.AdamW(model.parameters(), fused=True),
         make_offloader=lambda: StateOffloader("cpu", device_module=device, always_copy=True),

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
+from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader
 from lightning_hift.offload.host_memory import HostMemory
 from tests.lagging import LaggingDevice
 from tests.models import (
@@ -19,6 +19,7 @@ from tests.models import (
     ResumableLoader,
     adamw,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -28,7 +29,7 @@ from tests.models import (
 
 def train(offloader=None, steps=12, **options):
     model = Net()
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, adamw(model.parameters()), make_offloader=(lambda: offloader) if offloader else None, **options
     )
     for batch in tokens(steps):
@@ -210,7 +211,7 @@ def test_full_disk_is_an_error_that_loses_no_state(always_copy, tmp_path):
     device = LaggingDevice() if always_copy else None
     offloader = StateOffloader("cpu", "disk", directory=tmp_path, device_module=device, always_copy=always_copy)
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=lambda: offloader)
+    engine = attach_published(model, adamw(model.parameters()), make_offloader=lambda: offloader)
 
     def run():
         for batch in tokens(5):
@@ -234,7 +235,7 @@ def test_disk_that_is_full_at_the_start_leaves_the_state_to_the_optimizer(tmp_pa
     optimizer = torch.optim.Adagrad(model.parameters())
     offloader = StateOffloader("cpu", "disk", directory=tmp_path)
     with LimitedFiles(400), pytest.raises(OSError, match="Nothing was lost"):
-        HiFTEngine.attach(model, optimizer, make_offloader=lambda: offloader)
+        attach_published(model, optimizer, make_offloader=lambda: offloader)
     assert all(len(optimizer.state[p]) == 2 for p in model.parameters())
 
 
@@ -248,7 +249,7 @@ def test_state_that_an_optimizer_replaces_goes_to_the_same_place(tmp_path):
 
     model = Net()
     offloader = StateOffloader("cpu", "disk", directory=tmp_path)
-    engine = HiFTEngine.attach(model, Replacing(model.parameters(), lr=0.01), make_offloader=lambda: offloader)
+    engine = attach_published(model, Replacing(model.parameters(), lr=0.01), make_offloader=lambda: offloader)
     for batch in tokens(30):
         next_token_loss(model, batch).backward()
         engine.optimizer.step()
@@ -263,7 +264,7 @@ def test_nothing_stays_on_the_host_if_nothing_is_offloaded(resumed):
     model, engine = train(make(), weights_dtype=torch.bfloat16, master_weights="full")
     if resumed:
         saved, model = engine.optimizer.state_dict(), Net().bfloat16()
-        engine = HiFTEngine.attach(model, adamw(model.parameters()), make_offloader=make, master_weights="full")
+        engine = attach_published(model, adamw(model.parameters()), make_offloader=make, master_weights="full")
         engine.optimizer.load_state_dict(saved)
         for batch in tokens(5):
             next_token_loss(model, batch).backward()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_hift import HFT, LISA, BAdam, HiFTEngine, SelectionPolicy, StateOffloader
+from lightning_hift import HFT, LISA, BAdam, SelectionPolicy, StateOffloader
 from lightning_hift.cli import HiFTCLI
 from lightning_hift.planner.allocations import AllocationTracker
 from lightning_hift.planner.forecast import forecast
@@ -26,7 +26,7 @@ from lightning_hift.planner.workload import Workload
 from lightning_hift.tasks.network import NetworkSource, build_network
 from tests.lagging import LaggingDevice
 from tests.matrices import crossed
-from tests.models import Net, language_model
+from tests.models import Net, attach_published, language_model
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "plan").glob("*.yaml"))
@@ -224,7 +224,7 @@ def test_prediction_against_real_training(run: dict[str, Any]) -> None:
 
     with AllocationTracker() as tracker:
         opt = optimizer(network.parameters(), lr=1e-3)
-        engine = HiFTEngine.attach(
+        engine = attach_published(
             network,
             opt,
             group_size=setup.group_size,
@@ -266,7 +266,7 @@ def test_prediction_of_a_policy_against_real_training(name: str, offload: Any) -
     predicted = forecast(workload, setup, every_group=True)
     weights, peaks, on_host = predicted.groups[0].weights, [], []
     with AllocationTracker() as tracker:
-        engine = HiFTEngine.attach(
+        engine = attach_published(
             network,
             torch.optim.AdamW(network.parameters(), lr=1e-3),
             policy=policy,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_hift import HiFTCallback, HiFTEngine, HiFTStrategy, StateOffloader
+from lightning_hift import HiFTCallback, HiFTStrategy, StateOffloader
 from lightning_hift.precision.master_weights import (
     join_master,
     join_masters,
@@ -28,6 +28,7 @@ from tests.models import (
     ResumableLoader,
     adamw,
     assert_same_weights,
+    attach_published,
     loader,
     next_token_loss,
     tokens,
@@ -169,7 +170,7 @@ def test_weights_that_were_set_from_outside_keep_at_most_their_remainder(edit):
 def test_full_and_split_stay_equal_when_weights_are_set_from_outside(edit):
     def run(mode):
         model = Net()
-        engine = HiFTEngine.attach(
+        engine = attach_published(
             model, adamw(model.parameters()), master_weights=mode, weights_dtype=torch.bfloat16, group_size=2
         )
         for step, batch in enumerate(tokens(9)):
@@ -219,7 +220,7 @@ def test_remainders_take_few_passes_over_memory():
 
 def run_engine(mode, steps=12, weights_dtype=torch.bfloat16, make_optimizer=adamw, **options):
     model = Net()
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, make_optimizer(model.parameters()), master_weights=mode, weights_dtype=weights_dtype, **options
     )
     for batch in tokens(steps):
@@ -269,13 +270,13 @@ def test_auto():
     kept = {torch.bfloat16: "split", torch.float16: "full", None: "none"}
     for dtype, mode in kept.items():
         model = Net()
-        engine = HiFTEngine.attach(model, adamw(model.parameters()), weights_dtype=dtype)
+        engine = attach_published(model, adamw(model.parameters()), weights_dtype=dtype)
         assert engine.master_weights == mode
 
 
 def test_weights_that_are_in_16_bits_already_are_their_own_originals():
     model = Net().bfloat16()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()))
+    engine = attach_published(model, adamw(model.parameters()))
     for batch in tokens(12):
         next_token_loss(model, batch).backward()
         engine.optimizer.step()
@@ -322,7 +323,7 @@ def test_weights_that_someone_else_sets_become_the_masters():
 @pytest.mark.parametrize("mode", MODES)
 def test_clipping_in_32_bits(mode):
     model = Net()
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), master_weights=mode, weights_dtype=torch.bfloat16)
+    engine = attach_published(model, adamw(model.parameters()), master_weights=mode, weights_dtype=torch.bfloat16)
     for batch in tokens(12):
         next_token_loss(model, batch).backward()
         engine.prepare_step()
@@ -377,7 +378,7 @@ def test_weights_loaded_between_two_runs_of_one_optimizer_count(mode, numel):
     other = Net(seed=5).bfloat16()
     model.load_state_dict(other.state_dict())
     engine.optimizer.param_groups[0].update(lr=1e-9, weight_decay=0.0)
-    again = HiFTEngine.attach(model, engine.optimizer, master_weights=mode, max_group_numel=numel)
+    again = attach_published(model, engine.optimizer, master_weights=mode, max_group_numel=numel)
     for batch in tokens(5):
         next_token_loss(model, batch).backward()
         again.optimizer.step()
@@ -396,11 +397,11 @@ def test_a_step_that_failed_half_way_harms_no_other(weights_dtype):
             return super().step(closure)
 
     model = Net()
-    engine = HiFTEngine.attach(
+    engine = attach_published(
         model, Failing(model.parameters(), lr=0.01), weights_dtype=weights_dtype, always_active=["head"]
     )
     twin, other = Net(), None
-    other = HiFTEngine.attach(twin, adamw(twin.parameters()), weights_dtype=weights_dtype, always_active=["head"])
+    other = attach_published(twin, adamw(twin.parameters()), weights_dtype=weights_dtype, always_active=["head"])
     for step, batch in enumerate(tokens(11)):
         if step == 6:
             next_token_loss(model, batch).backward()
@@ -434,7 +435,7 @@ def test_resume_in_the_middle_of_a_sweep(saved_as, resumed_as, model_first, tmp_
     again = Net(seed=3).bfloat16()
     if model_first:
         again.load_state_dict(saved_model)
-    engine = HiFTEngine.attach(again, adamw(again.parameters()), master_weights=resumed_as)
+    engine = attach_published(again, adamw(again.parameters()), master_weights=resumed_as)
     engine.optimizer.load_state_dict(saved_optimizer)
     again.load_state_dict(saved_model)
     for batch in tokens(12)[7:]:
@@ -450,7 +451,7 @@ def test_checkpoint_without_masters_starts_them_from_the_weights():
     plain.step()
     again = Net().bfloat16()
     again.load_state_dict(model.state_dict())
-    engine = HiFTEngine.attach(again, adamw(again.parameters()), master_weights="full")
+    engine = attach_published(again, adamw(again.parameters()), master_weights="full")
     engine.optimizer.load_state_dict(plain.state_dict())
     for name, master in masters_of(engine.optimizer, again).items():
         assert torch.equal(master, model.get_parameter(name).float())
@@ -463,7 +464,7 @@ def test_a_run_in_32_bits_takes_over_the_masters(mode):
     masters = masters_of(engine.optimizer, model)
     again = Net(seed=3)
     again.load_state_dict(model.state_dict())
-    other = HiFTEngine.attach(again, adamw(again.parameters()))
+    other = attach_published(again, adamw(again.parameters()))
     other.optimizer.load_state_dict(engine.optimizer.state_dict())
     assert_same_weights(again, masters)
 
@@ -687,7 +688,7 @@ PRECISIONS = {
 def start_in(precision, seed=0):
     dtype, masters = PRECISIONS[precision]
     model = Net(seed=seed)
-    engine = HiFTEngine.attach(model, adamw(model.parameters()), master_weights=masters, weights_dtype=dtype)
+    engine = attach_published(model, adamw(model.parameters()), master_weights=masters, weights_dtype=dtype)
     return model.to(dtype), engine
 
 
