@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hift import HiFTCallback, HiFTEngine, HiFTModule, HiFTStrategy
+from lightning_hift.engine.options import PUBLISHED
 from lightning_hift.tasks.network import NetworkSource, build_network
 
 VOCABULARY, WIDTH = 17, 8
@@ -181,11 +182,8 @@ class Manual(HiFTModule):
 
 
 def published(options: dict[str, Any]) -> dict[str, Any]:
-    """The paper's settings in the place of the defaults, with ``options``."""
-    paper: dict[str, Any] = {"group_size": 1}
-    if options.get("policy") is None:
-        paper |= {"steps_per_group": 1, "always_active": [], "lr_scale": 1.0}
-    return {**paper, **options}
+    """The paper's settings in the place of the defaults, with ``options``; with another policy, groups of 1."""
+    return {**(PUBLISHED if options.get("policy") is None else {"group_size": 1}), **options}
 
 
 def as_published(**options: Any) -> HiFTCallback:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.options import PUBLISHED
 from lightning_hift.offload.offloader import Offload, StateOffloader
 
 _WIDTH, _STEPS, _STEPS_ON_BOTH = 4096, 500, 25
@@ -60,7 +61,7 @@ def _train(
     """Weights after some steps, on the host. NaN does not equal itself, so it counts as a difference."""
     model = _Wide(width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    engine = HiFTEngine.attach(model, optimizer, make_offloader=lambda: StateOffloader(device, offload))
+    engine = HiFTEngine.attach(model, optimizer, make_offloader=lambda: StateOffloader(device, offload), **PUBLISHED)
     on_gpu = device.type == "cuda"
     other: Any = torch.cuda.Stream() if on_gpu and busy else None  # type: ignore[no-untyped-call]
     ballast = torch.ones(width, width, device=device)

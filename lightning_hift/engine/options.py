@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -148,3 +149,7 @@ class HiFTOptions:
     def make_offloader(self, device: torch.device) -> StateOffloader:
         """What keeps the state of one optimizer, whose parameters are on ``device``."""
         return StateOffloader(device, self.offload, self.prefetch, self.pin_memory, self.offload_directory)
+
+
+PUBLISHED: dict[str, Any] = {"group_size": 1, "steps_per_group": 1, "always_active": [], "lr_scale": 1.0}
+"""Options of the paper's runs, where they are not the defaults."""

@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.groups.grouping import GroupSize, check_group_size
+from lightning_hift.offload.offloader import Offload
 from lightning_hift.planner.workload import parse_precision
 from lightning_hift.precision.master_weights import MasterWeights, resolve_master_weights
 
@@ -41,11 +43,11 @@ class Setup:
     """
 
     precision: str = "32-true"
-    group_size: GroupSize = 1
-    offload: Literal["host", "disk", "none"] = "host"
-    prefetch: bool = True
-    master_weights: MasterWeights = "auto"
-    max_group_numel: int | None = None
+    group_size: GroupSize = HiFTOptions().turns.group_size
+    offload: Offload = HiFTOptions.offload
+    prefetch: bool = HiFTOptions.prefetch
+    master_weights: MasterWeights = HiFTOptions.master_weights
+    max_group_numel: int | None = HiFTOptions.max_group_numel
     activation_budget: int | None = None
     batch_size: int = 1
     sequence_length: int = 512
@@ -61,7 +63,7 @@ class Setup:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Got {name}={value}; it must be at least 1.")
-        if self.offload not in ("host", "disk", "none"):
+        if self.offload not in get_args(Offload):
             raise ValueError(f"Got offload={self.offload!r}; choose 'host', 'disk' or 'none'.")
         self._check_devices()
         name, dtype, _ = parse_precision(self.precision)

@@ -18,7 +18,6 @@ from lightning_hift.engine.optimizer_checks import check_optimizer
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import GroupSize, LayerGroup, LayerUnit, group_units
-from lightning_hift.groups.schedule import SweepSchedule
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.planner.allocations import Needs, Rehearsal, copy_without_memory, peaks_by_depth
 from lightning_hift.planner.made_up_batch import ComputeLoss, find_loss
@@ -76,7 +75,7 @@ class Workload:
         frozen: Sequence[str] | None = None,
         always_active: Sequence[str] | None = None,
     ) -> None:
-        self.policy = policy or SweepSchedule()
+        self.policy = policy or HiFTOptions().make_policy()
         self.notes: list[str] = []
         if (most := self.policy.most_groups) is None:
             raise ValueError(

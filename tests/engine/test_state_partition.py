@@ -12,6 +12,7 @@ import torch
 from lightning_hift import HiFTDDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates
 from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.optimizer_checks import check_divisible
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.offload import host_memory
 from lightning_hift.planner import preflight
 from lightning_hift.plugin.callback import find_callback
@@ -460,7 +461,7 @@ def test_a_run_refuses_them(two):
 def test_a_part_needs_a_part_of_the_host(monkeypatch):
     model = Net()
     optimizer = adamw(model.parameters())
-    found = find_groups(model, [optimizer])
+    found = find_groups(model, [optimizer], HiFTOptions())
     everything = 8 * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(preflight, "available_host_memory", lambda: round(0.7 * everything))
     with pytest.raises(RuntimeError, match=r"This run needs at least 9.* on the host"):

@@ -541,7 +541,7 @@ def test_what_a_disk_is_in_for(policy, written, tmp_path, caplog):
     told = check_before_run(
         model,
         [optimizer],
-        find_groups(model, [optimizer], **callback.grouping),
+        find_groups(model, [optimizer], callback.grouping),
         torch.device("cpu"),
         offload="disk",
         directory=tmp_path,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_hift import HiFTEngine, SweepSchedule
+from tests.models import attach_published
 
 
 def sequence(schedule, steps):
@@ -77,7 +78,7 @@ def test_each_unit_of_balanced_groups_trains_as_often_as_in_groups_of_one():
     blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
     model = nn.ModuleDict({"embedding": nn.Embedding(32, 4), "blocks": blocks, "head": nn.Linear(4, 2)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = HiFTEngine.attach(model, optimizer, group_size="balanced", steps_per_group=2)
+    engine = attach_published(model, optimizer, group_size="balanced", steps_per_group=2)
     assert [len(group.units) for group in engine.groups] == [1, 6, 1]
     assert engine.policy.steps_per_sweep == 2 * 8
     trained = [engine.policy.groups_at(step)[0] for step in range(16)]

@@ -123,7 +123,7 @@ def test_memory_plan_of_7b_and_8b(name: str, options: Any, device: float, host: 
     workload = llama2_7b() if name == "llama2_7b" else published(name)
     compute, workload._compute_loss = workload._compute_loss, None
     # The largest group is the slot; the numbers speak of blocks, so larger embeddings and heads are sliced.
-    found = forecast(workload, Setup(precision="bf16-true", max_group_numel=workload.units[1].numel, **options))
+    found = forecast(workload, Setup("bf16-true", group_size=1, max_group_numel=workload.units[1].numel, **options))
     workload._compute_loss = compute
     assert found.groups[1].compute / GB == pytest.approx(device, abs=0.05)
     assert found.host_bytes / GB == pytest.approx(host, abs=0.5)

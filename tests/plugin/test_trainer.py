@@ -746,7 +746,7 @@ def test_defaults_are_hifts_own_and_those_of_a_policy():
 def test_a_small_head_trains_at_every_step_and_no_other():
     def always_active(model, **options):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        (found,) = find_groups(model, [optimizer], **HiFTCallback(**options).grouping)
+        (found,) = find_groups(model, [optimizer], HiFTCallback(**options).grouping)
         return [unit.name for unit in found.always_active], len(found.groups)
 
     small, large = Encoder(), Net()

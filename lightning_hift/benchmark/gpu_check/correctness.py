@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_hift.benchmark.gpu_check.networks import build_network, next_token_loss, random_tokens
 from lightning_hift.benchmark.gpu_check.stage import Context, Measure
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.options import PUBLISHED
 from lightning_hift.offload.offloader import Offload, StateOffloader
 
 _LEARNING_RATE = 1e-3
@@ -170,6 +171,7 @@ class _Run:
                 device, offload=case.offload, prefetch=case.prefetch, directory=directory
             ),
             master_weights="none" if case.weights == "fp32" else "split",
+            **PUBLISHED,
         )
 
     def state(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lightning_hift.benchmark.gpu_check.sizes import ModelSize, Shape
 from lightning_hift.benchmark.gpu_check.stage import Context, Measure
 from lightning_hift.benchmark.kinds import Skipped
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.options import PUBLISHED
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.planner.memory import available_host_memory, process_memory
 from lightning_hift.table import format_bytes
@@ -123,6 +124,7 @@ class Training:
                 self._optimizer,
                 make_offloader=lambda: StateOffloader(device, offload="host"),
                 master_weights="split",
+                **PUBLISHED,
             )
             attached = time.perf_counter()
             set_checkpointing(self.network, True)  # whatever fits later on fits now
