@@ -21,7 +21,7 @@ from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
 from lightning_hift.distributed.fsdp_strategy import HiFTFSDPStrategy
 from lightning_hift.distributed.sharded_checkpoint import consolidate
 from lightning_hift.plugin.callback import HiFTCallback
-from lightning_hift.plugin.state_housing import StateHousing
+from lightning_hift.plugin.offloading import OffloadingStrategy
 from lightning_hift.plugin.strategy import HiFTStrategy
 from lightning_hift.plugin.trainable import TrainOnly
 from lightning_hift.plugin.training_speed import TrainingSpeed
@@ -242,7 +242,7 @@ def _make_plain(parser: LightningArgumentParser, subcommand: str | None, config:
         parser.error(f"Got the strategy {kind.__name__} beside plain=true, which trains without HiFT. Drop one.")
 
 
-def _kind_of(strategy: Any) -> type[StateHousing] | None:
+def _kind_of(strategy: Any) -> type[OffloadingStrategy] | None:
     """Which of ours is meant by a name or a class path, if any."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "").rpartition(".")[2]
     return next((kind for kind in _STRATEGIES if name in (kind.strategy_name, kind.__name__)), None)

@@ -197,8 +197,12 @@ class HiFTTrainer(pl.Trainer):
 
     def _strategy_setup(self) -> dict[str, Any]:
         """Arguments of the strategy that a plan depends on; a strategy without them has the defaults of ``Setup``."""
-        names = ("offload", "prefetch", "master_weights", "max_group_numel", "activation_budget", "partition_state")
-        given = {name: getattr(self.strategy, name) for name in names if hasattr(self.strategy, name)}
+        options = getattr(self.strategy, "options", None)
+        names = ("offload", "prefetch", "master_weights", "max_group_numel")
+        given = {name: getattr(options, name) for name in names} if options is not None else {}
+        for name in ("activation_budget", "partition_state"):
+            if hasattr(self.strategy, name):
+                given[name] = getattr(self.strategy, name)
         if given.get("activation_budget") is not None:
             given["activation_budget"] = parse_bytes(given["activation_budget"], "activation_budget")
         return given

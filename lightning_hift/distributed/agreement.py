@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from lightning_hift.groups.grouping import list_names
 from lightning_hift.plugin.callback import HiFTCallback
-from lightning_hift.plugin.state_housing import StateHousing
+from lightning_hift.plugin.offloading import OffloadingStrategy
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _LONGEST = 200  # characters of a value in a message
 
 
-def describe_run(strategy: StateHousing, callback: HiFTCallback) -> dict[str, Any]:
+def describe_run(strategy: OffloadingStrategy, callback: HiFTCallback) -> dict[str, Any]:
     """What a process is about to run, for ``check_agreement``."""
     module = strategy.lightning_module
     assert module is not None
@@ -31,9 +31,9 @@ def describe_run(strategy: StateHousing, callback: HiFTCallback) -> dict[str, An
         "the code of the module": _hash_of(*_files_of(type(module))),
         "precision": str(strategy.precision_plugin.precision),
         "how state is kept": (
-            strategy.offload,
-            strategy.master_weights,
-            strategy.max_group_numel,
+            strategy.options.offload,
+            strategy.options.master_weights,
+            strategy.options.max_group_numel,
             strategy.num_parts,
         ),
         "hold_lr": callback.hold_lr,

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_hift.distributed.agreement import check_identical
 from lightning_hift.distributed.gradient_sync import GradientSync
 from lightning_hift.distributed.several_processes import SeveralProcesses
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.state_partition import StatePartition
 from lightning_hift.offload.offloader import Offload
 from lightning_hift.plugin.callback import HiFTCallback
@@ -74,12 +75,12 @@ class HiFTDDPStrategy(SeveralProcesses, DDPStrategy):
 
     def __init__(
         self,
-        offload: Offload = "host",
+        offload: Offload = HiFTOptions.offload,
         offload_directory: str | None = None,
-        prefetch: bool = True,
-        pin_memory: bool = True,
-        master_weights: MasterWeights = "auto",
-        max_group_numel: int | None = None,
+        prefetch: bool = HiFTOptions.prefetch,
+        pin_memory: bool = HiFTOptions.pin_memory,
+        master_weights: MasterWeights = HiFTOptions.master_weights,
+        max_group_numel: int | None = HiFTOptions.max_group_numel,
         activation_budget: str | int | None = None,
         check_every_n_steps: int = 100,
         partition_state: bool = False,
@@ -95,12 +96,14 @@ class HiFTDDPStrategy(SeveralProcesses, DDPStrategy):
         if check_every_n_steps < 0:
             raise ValueError(f"Got check_every_n_steps={check_every_n_steps}; it must be at least 1, or 0 for never.")
         super().__init__(
-            offload,
-            offload_directory,
-            prefetch,
-            pin_memory,
-            master_weights,
-            max_group_numel,
+            HiFTOptions(
+                offload=offload,
+                offload_directory=offload_directory,
+                prefetch=prefetch,
+                pin_memory=pin_memory,
+                master_weights=master_weights,
+                max_group_numel=max_group_numel,
+            ),
             activation_budget,
             timeout=timeout,
             process_group_backend=process_group_backend,

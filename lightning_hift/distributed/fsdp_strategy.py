@@ -24,6 +24,7 @@ from lightning_hift.distributed.sharded_checkpoint import (
     save_sharded,
 )
 from lightning_hift.distributed.sharding import BackwardPrefetch, is_sharded_module, look_at_dtypes, reshard, shard
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.state_partition import ShardedState
 from lightning_hift.offload.offloader import Offload
 from lightning_hift.offload.sharded_tensors import as_sharded, local_part
@@ -69,24 +70,26 @@ class HiFTFSDPStrategy(SeveralProcesses, ModelParallelStrategy):
 
     def __init__(
         self,
-        offload: Offload = "host",
+        offload: Offload = HiFTOptions.offload,
         offload_directory: str | None = None,
-        prefetch: bool = True,
-        pin_memory: bool = True,
-        master_weights: MasterWeights = "auto",
-        max_group_numel: int | None = None,
+        prefetch: bool = HiFTOptions.prefetch,
+        pin_memory: bool = HiFTOptions.pin_memory,
+        master_weights: MasterWeights = HiFTOptions.master_weights,
+        max_group_numel: int | None = HiFTOptions.max_group_numel,
         activation_budget: str | int | None = None,
         reshard_after_forward: bool | int = True,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
-            offload,
-            offload_directory,
-            prefetch,
-            pin_memory,
-            master_weights,
-            max_group_numel,
+            HiFTOptions(
+                offload=offload,
+                offload_directory=offload_directory,
+                prefetch=prefetch,
+                pin_memory=pin_memory,
+                master_weights=master_weights,
+                max_group_numel=max_group_numel,
+            ),
             activation_budget,
             timeout=timeout,
             process_group_backend=process_group_backend,

@@ -16,11 +16,11 @@ from typing_extensions import override
 
 from lightning_hift.distributed.agreement import check_agreement, describe_run
 from lightning_hift.plugin.callback import HiFTCallback
-from lightning_hift.plugin.state_housing import StateHousing
+from lightning_hift.plugin.offloading import OffloadingStrategy
 
 
-class SeveralProcesses(StateHousing, ParallelStrategy):
-    """To be put before a strategy of Lightning with a process for each device. Arguments: see ``StateHousing``."""
+class SeveralProcesses(OffloadingStrategy, ParallelStrategy):
+    """To be put before a strategy of Lightning with a process for each device; see ``OffloadingStrategy``."""
 
     num_nodes: int
     num_processes: int

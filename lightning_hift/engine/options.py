@@ -146,9 +146,9 @@ class HiFTOptions:
             small_head=True,
         )
 
-    def make_offloader(self, device: torch.device) -> StateOffloader:
-        """What keeps the state of one optimizer, whose parameters are on ``device``."""
-        return StateOffloader(device, self.offload, self.prefetch, self.pin_memory, self.offload_directory)
+    def make_offloader(self, device: torch.device, **more: Any) -> StateOffloader:
+        """What keeps the state of one optimizer, whose parameters are on ``device``; ``more``: for its constructor."""
+        return StateOffloader(device, self.offload, self.prefetch, self.pin_memory, self.offload_directory, **more)
 
 
 PUBLISHED: dict[str, Any] = {"group_size": 1, "steps_per_group": 1, "always_active": [], "lr_scale": 1.0}

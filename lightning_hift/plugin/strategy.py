@@ -9,12 +9,13 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.offload.offloader import Offload
-from lightning_hift.plugin.state_housing import StateHousing
+from lightning_hift.plugin.offloading import OffloadingStrategy
 from lightning_hift.precision.master_weights import MasterWeights
 
 
-class HiFTStrategy(StateHousing, SingleDeviceStrategy):
+class HiFTStrategy(OffloadingStrategy, SingleDeviceStrategy):
     """Trains on one device with HiFT; says where optimizer state lives and how it moves.
 
     What trains when is the ``HiFTCallback``'s business; without one in the Trainer, one with its defaults is added.
@@ -52,23 +53,25 @@ class HiFTStrategy(StateHousing, SingleDeviceStrategy):
         self,
         device: str = "auto",
         accelerator: Accelerator | None = None,
-        offload: Offload = "host",
+        offload: Offload = HiFTOptions.offload,
         offload_directory: str | None = None,
-        prefetch: bool = True,
-        pin_memory: bool = True,
-        master_weights: MasterWeights = "auto",
-        max_group_numel: int | None = None,
+        prefetch: bool = HiFTOptions.prefetch,
+        pin_memory: bool = HiFTOptions.pin_memory,
+        master_weights: MasterWeights = HiFTOptions.master_weights,
+        max_group_numel: int | None = HiFTOptions.max_group_numel,
         activation_budget: str | int | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(
-            offload,
-            offload_directory,
-            prefetch,
-            pin_memory,
-            master_weights,
-            max_group_numel,
+            HiFTOptions(
+                offload=offload,
+                offload_directory=offload_directory,
+                prefetch=prefetch,
+                pin_memory=pin_memory,
+                master_weights=master_weights,
+                max_group_numel=max_group_numel,
+            ),
             activation_budget,
             device="cpu" if device == "auto" else device,
             accelerator=accelerator,

@@ -48,7 +48,9 @@ class LaggingStrategy(HiFTStrategy):
     """Copies that lag behind, on the CPU."""
 
     def make_offloader(self):
-        return StateOffloader("cpu", self.offload, self.prefetch, device_module=LaggingDevice(), always_copy=True)
+        return StateOffloader(
+            "cpu", self.options.offload, self.options.prefetch, device_module=LaggingDevice(), always_copy=True
+        )
 
 
 WAYS_IN = {

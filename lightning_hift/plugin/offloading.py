@@ -1,4 +1,4 @@
-"""What all strategies of HiFT share: where optimizer state and master weights live, and when they get there."""
+"""What all strategies of HiFT share: optimizer state and master weights live on the host, and get there in time."""
 
 from __future__ import annotations
 
@@ -18,56 +18,32 @@ from typing_extensions import override
 
 from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.engine import HiFTEngine
-from lightning_hift.offload.offloader import Offload, StateOffloader, check_offload
+from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.planner.memory import parse_bytes
 from lightning_hift.planner.preflight import check_before_run
 from lightning_hift.plugin.callback import HiFTCallback, find_callback, has_no_optimizer
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.precision import HiFTPrecision
-from lightning_hift.precision.master_weights import MasterWeights, check_master_weights
 
 
-class StateHousing(Strategy):
+class OffloadingStrategy(Strategy):
     """To be put before a strategy of Lightning among the base classes.
 
     Optimizers are built while the model is still on the host, so state that an optimizer allocates in its constructor
     never is on the device as a whole.
 
     Args:
-        offload: See ``HiFTStrategy``, as for the others.
-        offload_directory: .
-        prefetch: .
-        pin_memory: .
-        master_weights: .
-        max_group_numel: .
-        activation_budget: .
+        options: Where state lives; what trains when is the callback's business.
+        activation_budget: See ``HiFTStrategy``.
         lightning: Arguments of Lightning's strategy.
 
     Raises:
         ValueError: As ``HiFTStrategy``.
     """
 
-    def __init__(
-        self,
-        offload: Offload,
-        offload_directory: str | None,
-        prefetch: bool,
-        pin_memory: bool,
-        master_weights: MasterWeights,
-        max_group_numel: int | None,
-        activation_budget: str | int | None,
-        **lightning: Any,
-    ) -> None:
-        check_offload(offload, offload_directory)
-        check_master_weights(master_weights)
-        if max_group_numel is not None and max_group_numel < 1:
-            raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1, or None to slice nothing.")
-        self.offload: Offload = offload
-        self.offload_directory = offload_directory
-        self.prefetch = prefetch
-        self.pin_memory = pin_memory
-        self.master_weights: MasterWeights = master_weights
-        self.max_group_numel = max_group_numel
+    def __init__(self, options: HiFTOptions, activation_budget: str | int | None, **lightning: Any) -> None:
+        self.options = options
         self.activation_budget = (
             None if activation_budget is None else parse_bytes(activation_budget, "activation_budget")
         )
@@ -81,7 +57,7 @@ class StateHousing(Strategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if type(plugin) is HalfPrecision and self.master_weights != "none":
+        if type(plugin) is HalfPrecision and self.options.master_weights != "none":
             plugin = HiFTPrecision(plugin.precision)
         self._precision_plugin = plugin
 
@@ -91,9 +67,9 @@ class StateHousing(Strategy):
         plugin = self.precision_plugin
         return {
             "make_offloader": self._make_offloader,
-            "master_weights": self.master_weights,
+            "master_weights": self.options.master_weights,
             "weights_dtype": plugin.weights_dtype if isinstance(plugin, HiFTPrecision) else None,
-            "max_group_numel": self.max_group_numel,
+            "max_group_numel": self.options.max_group_numel,
         }
 
     @property
@@ -102,14 +78,7 @@ class StateHousing(Strategy):
         return 1
 
     def _make_offloader(self) -> StateOffloader:
-        return StateOffloader(
-            self.root_device,
-            self.offload,
-            self.prefetch,
-            self.pin_memory,
-            self.offload_directory,
-            show_progress=PageLockBar(),
-        )
+        return self.options.make_offloader(self.root_device, show_progress=PageLockBar())
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
@@ -125,7 +94,7 @@ class StateHousing(Strategy):
         plugin = self.precision_plugin
         takes_masters = isinstance(plugin, HiFTPrecision)
         if isinstance(plugin, HiFTPrecision):
-            if self.master_weights == "none":
+            if self.options.master_weights == "none":
                 raise ValueError(
                     "Got HiFTPrecision, which steps master weights, with master_weights='none'. Use another"
                     f" master_weights, or Lightning's own precision={plugin.precision!r}."
@@ -195,8 +164,8 @@ class StateHousing(Strategy):
             self.optimizers,
             find_groups(self.model, self.optimizers, callback.grouping),
             self.root_device,
-            offload=self.offload,
-            directory=self.offload_directory,
+            offload=self.options.offload,
+            directory=self.options.offload_directory,
             policy=callback.policy,
             processes=self.num_parts,
             processes_per_host=getattr(self, "num_processes", 1) or 1,  # of strategies for several devices
