@@ -181,6 +181,9 @@ class HiFTEngine:
         self._state.make_masters(weights_dtype, inherited)
         self._reserve_host_memory()
         optimizer._hift_engine = self  # type: ignore[attr-defined]
+        self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", None)
+        # A fused one would undo the scaling of gradients itself, in each of several turns, and not have them clipped.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self._counts: dict[str, Any] = {}
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]  # it may call no hooks
@@ -704,6 +707,8 @@ class HiFTEngine:
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
         for name in ("load_state_dict", "train", "eval", "__getstate__"):
             vars(self.optimizer).pop(name, None)
+        if self._scales_itself is not None:
+            self.optimizer._step_supports_amp_scaling = self._scales_itself  # type: ignore[attr-defined]
         self._state.hand_back(to_device)
 
     def _refuse_part(self) -> None:

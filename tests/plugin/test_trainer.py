@@ -780,3 +780,16 @@ def test_a_run_that_is_too_short_for_all_groups_is_warned_about():
         fit(loader(5), callbacks=[HiFTCallback(steps_per_group=1)])
         fit(loader(3), callbacks=[HiFTCallback()], fast_dev_run=True)
         fit(torch.utils.data.DataLoader(Endless(), batch_size=4), callbacks=[HiFTCallback()])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_fused_optimizers_can_be_clipped(precision):
+    """Lightning refuses that in mixed precision, where they would undo the scaling of gradients by themselves."""
+
+    def run(**options):
+        model = Automatic(lambda p: torch.optim.AdamW(p, lr=0.01, fused=True))
+        trainer(strategy="hift", precision=precision, callbacks=[as_published()], **options).fit(model, loader(7))
+        return model
+
+    assert_same_weights(run(), run(gradient_clip_val=1e6))
+    assert not torch.equal(run().net.head.weight, run(gradient_clip_val=1e-6).net.head.weight)
