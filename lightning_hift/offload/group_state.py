@@ -56,7 +56,6 @@ class Contents:
         self._seen = {owner: dict(state) for owner, state in self.states.items()}
         self.nbytes = sum(tensor.nbytes for label, tensor in self.tensors.items() if label not in self.on_host)
         """Of the tensors that move."""
-        self.total_nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
     def is_same(self, states: Mapping[Owner, State]) -> bool:
         """Whether ``states`` are these, with the same tensors in them, whatever their values are."""
@@ -145,8 +144,6 @@ class GroupState:
         """The end of the last copy to the host."""
         self.was_released = False
         """Whether it has left the device before."""
-        self.is_new = True
-        """Whether it has been on the device only."""
         self.is_laid_out = True
         """Whether ``flats`` are those of ``contents``."""
         self._on_host: Contents | None = None

@@ -1,6 +1,6 @@
 """Where the optimizer state of each group lives: on the device while the group is stepped, elsewhere otherwise.
 
-Where host and device are the same memory (training on a CPU) tensors are handed over without being copied.
+Where host and device are the same memory (training on a CPU), state has its place there and is not copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_hift.offload.exposure import Exposure
 from lightning_hift.offload.group_state import Contents, Flat, FlatKey, GroupState, Owner
 from lightning_hift.offload.host_memory import HostMemory, can_page_lock
 from lightning_hift.offload.state_tree import State
-from lightning_hift.offload.transfers import Slot, Transfers
+from lightning_hift.offload.transfers import InPlace, Slot, Transfers
 from lightning_hift.precision.master_weights import MASTER_KEYS
 
 Offload = Literal["host", "disk", "none"]
@@ -61,13 +61,11 @@ class StateOffloader:
         pinned = pin_memory and can_page_lock(self.device)
         self._memory = HostMemory(self.device if pinned else None, directory)
         self._show_progress = show_progress
-        self._transfers: Transfers | None = None
         # Without streams (Apple's GPUs) host and device share their memory anyway.
-        if (always_copy or self.device.type != "cpu") and hasattr(
-            device_module or torch.get_device_module(self.device), "Stream"
-        ):
-            host_takes_part = offload == "disk" or (can_page_lock(self.device) and not pinned)
-            self._transfers = Transfers(self.device, host_takes_part, device_module)
+        has_streams = hasattr(device_module or torch.get_device_module(self.device), "Stream")
+        self._copies = has_streams and (always_copy or self.device.type != "cpu")
+        host_takes_part = offload == "disk" or (can_page_lock(self.device) and not pinned)
+        self._transfers = Transfers(self.device, host_takes_part, device_module) if self._copies else InPlace()
         self._groups: list[GroupState] = []
         self._group_of: dict[Owner, GroupState] = {}
         self._in_slot: GroupState | None = None
@@ -89,7 +87,7 @@ class StateOffloader:
     @property
     def reserves(self) -> bool:
         """Whether it takes time to get host memory, so that it had better be done before the first step."""
-        return self._transfers is not None and self.offload == "host" and self._memory.is_page_locked
+        return self.offload == "host" and self._memory.is_page_locked
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Page-lock host memory before it is needed, which takes about a second for 3 GB.
@@ -110,21 +108,18 @@ class StateOffloader:
 
         Where nothing is copied, it is what would be there.
         """
-        slot = 0 if self._transfers is None or self._transfers.slot is None else self._transfers.slot.nbytes
+        slot = 0 if self._transfers.slot is None else self._transfers.slot.nbytes
         outside = [g for g in self._groups if g is not self._in_slot and (g.is_resident or g.arriving is not None)]
         return slot + sum(group.contents.nbytes for group in outside) + sum(nbytes for _, nbytes in self._leaving)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of optimizer state that have a place in host memory, or on disk."""
-        if self._shares_memory:
-            return sum(group.contents.total_nbytes for group in self._groups if not group.is_new)
         return sum(group.host_bytes for group in self._groups)
 
     def end_step(self, ends_sweep: bool = False) -> None:
         """What is waited for from now on belongs to the next step, and perhaps to the next sweep."""
-        if self._transfers is not None:
-            self._transfers.exposure.end_step(ends_sweep)
+        self._transfers.exposure.end_step(ends_sweep)
 
     def exposed_ms(self) -> float:
         """Milliseconds for which the device had to wait for copies in the last step for which that is known."""
@@ -133,7 +128,7 @@ class StateOffloader:
     @property
     def exposure(self) -> Exposure:
         """How long the device had to wait for copies, by step and sweep. Nobody waits to find out."""
-        return Exposure() if self._transfers is None else self._transfers.exposure.update()
+        return self._transfers.exposure.update()
 
     def state_of(self, owner: Owner) -> State:
         """Current state of ``owner`` without copying it. Call ``drain`` first."""
@@ -172,7 +167,6 @@ class StateOffloader:
                 if view.data_ptr() != contents.tensors[label].data_ptr():
                     view.copy_(contents.tensors[label])
             group.change(contents.moved(views), flats)
-            group.is_new = False
 
     def drop(self, group: GroupState) -> None:
         """Forget the optimizer's own state of ``group``, but not its masters."""
@@ -208,11 +202,10 @@ class StateOffloader:
                 self._leave(each)
         if not self.prefetch:
             self._settle()
-            if self._transfers is not None and self._in_slot is None:
+            if self._in_slot is None:
                 self._transfers.slot = None
             return
         for each in staying:
-            each.is_resident |= self._transfers is None
             # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
             if self._is_away(each) and not (self._leaving and self._must_grow(each)):
                 self._fetch(each)
@@ -225,9 +218,9 @@ class StateOffloader:
             for group in groups:
                 if self._is_away(group):
                     self._fetch(group)
-                self._wait(group.arriving)
+                self._transfers.wait(group.arriving)
                 group.arriving, group.is_resident = None, True
-                if self.offload == "none" and self._transfers is not None and group.host_bytes:
+                if self.offload == "none" and self._copies and group.host_bytes:
                     self._transfers.finish()  # once after state was loaded: the host has had it for the way only
                     group.leave_host()
                 taken |= group.contents.states
@@ -253,15 +246,13 @@ class StateOffloader:
             self._memory = HostMemory()
             self._release([group for group in self._groups if group.is_resident])
         self.drain()
-        if self._transfers is not None:
-            self._transfers.slot = None
+        self._transfers.slot = None
 
     def drain(self) -> None:
         """Block the host until it may read all state; what lies in the slot is copied to the host, too."""
-        if self._transfers is not None:
-            if self._in_slot is not None and self._in_slot.is_resident:
-                self._save(self._in_slot)
-            self._transfers.finish()
+        if self._in_slot is not None and self._in_slot.is_resident:
+            self._save(self._in_slot)
+        self._transfers.finish()
         self._settle()
 
     def remove_files(self) -> None:
@@ -270,82 +261,74 @@ class StateOffloader:
 
     # --- moves --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _shares_memory(self) -> bool:
-        """Whether state never moves."""
-        return self._transfers is None and self.offload != "disk"
-
     def _readable(self, group: GroupState) -> Contents:
         """Contents that nothing else will overwrite."""
         in_slot = group is self._in_slot or group.arriving is not None
         return group.viewed(on_device=False) if in_slot else group.contents
 
     def _is_away(self, group: GroupState) -> bool:
-        return self._transfers is not None and not group.is_resident and group.arriving is None and bool(group.flats)
+        return not group.is_resident and group.arriving is None and bool(group.flats)
 
     def _fetch(self, group: GroupState) -> None:
-        assert self._transfers is not None
         with record_function("HiFT::fetch"):
             # Allocated on the compute stream: there the memory is used and freed.
-            self._find_memory(group, self._transfers)
+            self._find_memory(group)
             pairs = [(flat.host, flat.device) for flat in group.flats.values() if flat.numel]
             group.arriving = self._transfers.load(cast(Any, pairs), after=group.saved)
             group.contents = group.viewed(on_device=True)
             group.is_resident = group.arriving is None
 
-    def _find_memory(self, group: GroupState, transfers: Transfers) -> None:
+    def _find_memory(self, group: GroupState) -> None:
         """In the slot for what comes and goes, outside it for what stays, or has not all of its state yet."""
-        if not self._goes_to_slot(group):
-            for flat in group.flats.values():
-                flat.device = torch.empty(flat.numel, dtype=flat.dtype, device=self.device)
-            return
-        if transfers.slot is None or self._must_grow(group):
-            self._wait(self._left_slot)
-            transfers.slot = None
-            nbytes = max(each.nbytes for each in self._groups if not each.stays)
-            transfers.slot = Slot(nbytes, self.device)
-        self._in_slot = group
-        for flat, memory in zip(group.flats.values(), transfers.slot.cut(group.flats.values()), strict=True):
-            flat.device = memory
+        flats, transfers = group.flats.values(), self._transfers
+        if not self._copies:
+            memory = [flat.host for flat in flats]
+        elif not self._goes_to_slot(group):
+            memory = [torch.empty(flat.numel, dtype=flat.dtype, device=self.device) for flat in flats]
+        else:
+            if transfers.slot is None or self._must_grow(group):
+                transfers.wait(self._left_slot)
+                transfers.slot = None
+                transfers.slot = Slot(max(each.nbytes for each in self._groups if not each.stays), self.device)
+            self._in_slot, memory = group, [*transfers.slot.cut(flats)]
+        for flat, where in zip(flats, memory, strict=True):
+            flat.device = where
 
     def _goes_to_slot(self, group: GroupState) -> bool:
         has_all = group.was_released or not all(is_master for is_master, _ in group.flats)
         return not group.stays and has_all and self._in_slot in (None, group)
 
     def _must_grow(self, group: GroupState) -> bool:
-        slot = None if self._transfers is None else self._transfers.slot
-        return self._goes_to_slot(group) and (slot is None or slot.nbytes < group.nbytes)
+        slot = self._transfers.slot
+        return self._copies and self._goes_to_slot(group) and (slot is None or slot.nbytes < group.nbytes)
 
     def _release(self, groups: Iterable[GroupState]) -> None:
         for group in groups:
             with record_function("HiFT::release"):
-                if not self._shares_memory:
-                    self._save(group)
-                    if not self.prefetch or self._is_outside(group):
-                        self._leaving.append((group.saved, 0 if group is self._in_slot else group.contents.nbytes))
-                    if self._in_slot is group:
-                        self._left_slot = group.saved
-                    self._leave(group)
-                group.is_resident, group.was_released, group.is_new = False, True, False
+                self._save(group)
+                if not self.prefetch or self._is_outside(group):
+                    self._leaving.append((group.saved, 0 if group is self._in_slot else group.contents.nbytes))
+                if self._in_slot is group:
+                    self._left_slot = group.saved
+                self._leave(group)
+                group.was_released = True
         if all(group.was_released or group.stays for group in self._groups if group.owners):
             self._memory.release_reserved()
 
     def _is_outside(self, group: GroupState) -> bool:
-        """Whether some of it lies outside the slot."""
-        slot = None if self._transfers is None else self._transfers.slot
-        moving = [t for label, t in group.contents.tensors.items() if label not in group.contents.on_host]
-        return slot is None or any(slot.range_of(tensor) is None for tensor in moving)
+        """Whether some of it lies in memory of the device outside the slot."""
+        slot, contents = self._transfers.slot, group.contents
+        moving = (tensor for label, tensor in contents.tensors.items() if label not in contents.on_host)
+        return self._copies and any(slot is None or slot.range_of(tensor) is None for tensor in moving)
 
     def _leave(self, group: GroupState) -> None:
         """Let go of what ``group`` has on the device; the host has it, too."""
-        if self._shares_memory:
-            return
-        self._wait(group.arriving)
+        self._transfers.wait(group.arriving)
         group.arriving, group.is_resident = None, False
         if group.flats:
             group.contents = group.viewed(on_device=False)
         for flat in group.flats.values():
-            flat.device = flat.host if self._transfers is None else None
+            flat.device = None
         if self._in_slot is group:
             self._in_slot = None
 
@@ -362,42 +345,31 @@ class StateOffloader:
                 pairs.append((cast(Tensor, flat.device), cast(Tensor, flat.host)))
             else:
                 pairs += [(group.contents.tensors[label], view) for label, view in flat.views(flat.host).items()]
-        pairs = [(source, target) for source, target in pairs if source.data_ptr() != target.data_ptr()]
-        if self._transfers is not None:
-            group.saved = self._transfers.save(pairs)
-        else:
-            for source, target in pairs:
-                target.copy_(source)
+        group.saved = self._transfers.save([pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()])
 
     def _before_freeing(self, flats: Iterable[Flat]) -> None:
         """Let the host wait before it frees memory of its own that may still be copied."""
-        if self._transfers is not None and any(flat.host is not None for flat in flats):
+        if any(flat.host is not None for flat in flats):
             self._transfers.finish()
 
     def _settle(self) -> None:
         """Let go of what has left from outside the slot."""
         for event, _ in self._leaving:
-            self._wait(event)
-        self._leaving = []
-
-    def _wait(self, event: Any) -> None:
-        if self._transfers is not None:
             self._transfers.wait(event)
+        self._leaving = []
 
     def _allocate(self, flats: Mapping[FlatKey, Flat]) -> None:
         """Host memory for those that have none. If the disk is full, nothing has changed."""
         for flat in flats.values():
-            if flat.host is None and self._transfers is None and self.device.type != "cpu":
+            if flat.host is None and not self._copies and self.device.type != "cpu":
                 flat.host = torch.empty(flat.numel, dtype=flat.dtype, device=self.device)
             elif flat.host is None:
                 (flat.host,) = self._memory.allocate([torch.empty(flat.numel, dtype=flat.dtype, device="meta")])
-            if self._transfers is None:
-                flat.device = flat.host
         self._look_at_memory()
 
     def _look_at_memory(self) -> None:
         """Page-locking may have been refused."""
-        if self._transfers is not None and can_page_lock(self.device) and not self._memory.is_page_locked:
+        if can_page_lock(self.device) and not self._memory.is_page_locked:
             self._transfers.copy_in_thread()
 
 
