@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.engine.engine import ORPHAN_REMEDY, HiFTEngine
+from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.engine.parameter_checks import ORPHAN_REMEDY
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.groups.grouping import (
     GroupSize,

@@ -9,16 +9,14 @@ foreign code can move or cast it.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,41 +25,23 @@ from torch.optim import Optimizer
 
 from lightning_hift.engine.lr_scale import LRScale, lr_scales_for
 from lightning_hift.engine.optimizer_checks import (
-    check_counts,
     check_divisible,
     check_optimizer,
     check_resettable,
-    counts_of,
 )
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
-from lightning_hift.engine.probe import StateBytes, live_state_bytes
+from lightning_hift.engine.parameter_checks import check_ownership, check_slicing, check_unchanged
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
-from lightning_hift.engine.row_slices import Piece, cut_into_turns, steps_element_wise
+from lightning_hift.engine.row_slices import cut_into_turns
 from lightning_hift.engine.state_partition import UndividedState
-from lightning_hift.engine.step_view import StepView, Turn
+from lightning_hift.engine.stepper import Stepper, StepWatcher
 from lightning_hift.groups.fingerprint import check_fingerprint, make_fingerprint
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.offloader import StateOffloader
-from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.precision.master_weights import MasterWeights, resolve_master_weights
 
-ORPHAN_REMEDY = "Add them to the optimizer, or name them in frozen=[...]."
 _CHECKPOINT_KEY = "hift"
-_ALWAYS = "always"  # owner of the counters of always-active units
-
-
-class StepWatcher(Protocol):
-    """Looks at the weights around each step, in 32 bits where there are masters."""
-
-    def before_step(self, pieces: Sequence[Piece]) -> None:
-        """``pieces`` are about to be stepped, by their handles; with slices, several times per step.
-
-        Where other processes step some of them (see ``HiFTEngine.partition``), they are those that this one steps.
-        """
-
-    def after_step(self) -> None:
-        """They were stepped."""
 
 
 class HiFTEngine:
@@ -135,10 +115,10 @@ class HiFTEngine:
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
         self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
         self._held_back = tuple(held_back)
-        self._check_ownership()
+        check_ownership(optimizer, self.parameters)
         cut = [cut_into_turns(list(group.parameters.values()), max_group_numel) for group in self.groups]
         always = cut_into_turns([p for unit in self.always_active for p in unit.parameters.values()], None)
-        self._check_slicing(max_group_numel, cut)
+        check_slicing(optimizer, self.parameters.values(), self.groups, cut, max_group_numel)
         self.partition.assign(pieces for turns in (*cut, always) for pieces in turns)
         dtypes = {weights_dtype or p.dtype for p in self.parameters.values() if p.is_floating_point()}
         masters = resolve_master_weights(master_weights, dtypes)
@@ -150,19 +130,18 @@ class HiFTEngine:
 
         device = next(iter(self.parameters.values())).device
         self.offloader = offloader or StateOffloader(device)
-        self._turns = [[self._make_turn(i, pieces) for pieces in turns] for i, turns in enumerate(cut)]
-        self._fixed = self._make_turn(_ALWAYS, always[0], stays=True)
-        self._view = StepView(optimizer, self.offloader, masters)
-        every_turn = [*(turn for turns in self._turns for turn in turns), self._fixed]
-        self._state = OptimizerState(optimizer, self._view, self.offloader, every_turn, self.partition)
+        self._stepper = Stepper(optimizer, self.offloader, masters, self.partition, self.lr_scales, cut, always[0])
+        self._view = self._stepper.view
+        self._state = OptimizerState(optimizer, self._view, self.offloader, self._stepper.turns, self.partition)
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
-        self._shown: list[Turn] = []  # which are being stepped, here or elsewhere
         self._has_all_state = self.partition.world_size == 1
-        self._proof = FirstSweepProof(self.parameters, len(self.groups)) if self._needs_gradient else None
-        self.watchers: list[StepWatcher] = []
+        self._proof: FirstSweepProof | None = None
+        if self._needs_gradient:
+            self._proof = FirstSweepProof(self.parameters, len(self.groups))
+            self.watchers.append(self._proof)
         self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
         self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
         self._counters_on_load: list[Any] = []
@@ -179,12 +158,12 @@ class HiFTEngine:
         self._state.adopt()
         self._state.keep_apart()
         self._state.make_masters(weights_dtype, inherited)
-        self._reserve_host_memory()
+        if policy.state_handling == "keep":
+            self._stepper.reserve_host_memory()
         optimizer._hift_engine = self  # type: ignore[attr-defined]
         self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", None)
         # A fused one would undo the scaling of gradients itself, in each of several turns, and not have them clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        self._counts: dict[str, Any] = {}
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]  # it may call no hooks
         for name in ("train", "eval"):  # schedule-free optimizers move all weights between two points
@@ -231,6 +210,11 @@ class HiFTEngine:
         return self._view.master_weights
 
     @property
+    def watchers(self) -> list[StepWatcher]:
+        """What looks at the weights around each step; may be added to."""
+        return self._stepper.watchers
+
+    @property
     def sweep(self) -> int:
         """Number of finished sweeps."""
         return self.policy.sweep_at(self.step)
@@ -262,7 +246,8 @@ class HiFTEngine:
         """
         if self._proof is None or not self._proof.is_complete:
             return None
-        report, self._proof = self._proof.report(self.partition.sum), None
+        report = self._proof.report(self.partition.sum)
+        self._forget_proof()
         return report
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -281,7 +266,7 @@ class HiFTEngine:
         self._step_counted = False
         self._view.cancel()
         self._reset_inactive()
-        self._hold_first(self._active_groups)
+        self._stepper.hold_first(self._active_groups)
 
     def freeze(self) -> None:
         """Let ``requires_grad`` be true for what trains now, and for nothing else."""
@@ -324,34 +309,17 @@ class HiFTEngine:
         """Drop the state of groups that do not train any more, if the policy says so."""
         if self.policy.state_handling == "reset":
             for group in self.groups if self._trained is None else self._trained:
-                for turn in self._turns[group.index] if group not in self._active_groups else ():
+                for turn in self._stepper.turns_of([group] if group not in self._active_groups else []):
                     self._state.reset(turn)
             self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
-        if len(parameters_of(self.optimizer)) != self._num_owned:
-            raise RuntimeError(
-                "The optimizer got new parameters after HiFT was attached to it; they belong to no layer group and"
-                " would train at every step. Hand all parameters to the optimizer when it is built; to unfreeze layers"
-                " later, do so between two calls of fit."
-            )
         # Before the first step everything is trainable; a plain loop still has the active group as it was set. (Modules
         # with several optimizers may freeze and unfreeze in between.)
         expected = list(self.parameters.values()) if not self._active else self._active if self._advance_on_step else []
-        names = {id(p): name for name, p in self.parameters.items()}
-        frozen = [names[id(p)] for p in expected if not p.requires_grad]
-        if frozen:
-            raise RuntimeError(
-                f"{frozen[:8]} were frozen after HiFT had put them into layer groups. Freeze them earlier (in __init__"
-                " or configure_model), or name them in frozen=[...]."
-            )
-        kept_for = self.offloader.device
-        moved = [p for p in self._active or expected if p.device.type != kept_for.type]
-        if moved:
-            raise RuntimeError(
-                f"The parameters are on {moved[0].device}, but the optimizer state is kept for {kept_for}. Move the"
-                " model before HiFT is attached to its optimizer."
-            )
+        check_unchanged(
+            self.optimizer, self._num_owned, self.parameters, expected, self._active or expected, self.offloader.device
+        )
 
     def announce_step(self) -> None:
         """Count an attempt to step, whether or not the optimizer is then allowed to. Counts once per ``activate``."""
@@ -396,15 +364,9 @@ class HiFTEngine:
         """
         if self._closed or self.master_weights == "none":
             return
-        self._prepare_whole()
+        self._stepper.prepare(self._active_groups)
         if slices:
             self._view.raise_gradients(self._active)
-
-    def _prepare_whole(self) -> None:
-        """Raise the precision of what is not stepped in turns."""
-        turns = self._turns_of(self._active_groups)
-        for turn in (*(turns if len(turns) == 1 else ()), self._fixed):
-            self._view.prepare(turn)
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""
@@ -465,46 +427,12 @@ class HiFTEngine:
                 " count. In training_step, step what self.optimizers() returns (without use_pl_optimizer=False), and"
                 " nowhere else."
             )
-        self._prepare_whole()
-        # All but the last are stepped here; the step that is under way then does the last one.
-        rounds = [[turn] for turn in (self._fixed, *self._turns_of(self._active_groups)) if turn.pieces]
-        if not self._needs_gradient:  # one closure, so one step for all
-            rounds = [[turn for turns in rounds for turn in turns]]
-        for turns, following in pairwise(rounds):
-            self._show(turns)
-            if any(turn.own for turn in turns):
-                _bare_step(self.optimizer)
-            self._hide(keep_options=turns[-1].owner != following[-1].owner)
-            self.offloader.hold(following[-1].state)
-        self._show(rounds[-1])
-        self._counts = counts_of(self.optimizer)
-
-    def _show(self, turns: list[Turn]) -> None:
-        self._shown, pieces = turns, [piece for turn in turns for piece in turn.own]
-        now, owner = {piece.parameter for piece in pieces}, turns[-1].owner
-        scale = self.lr_scales[owner] if isinstance(owner, int) else 1.0
-        self._view.show(turns, [p for p in self._active if p not in now], scale)
-        for watcher in self._all_watchers():
-            watcher.before_step(pieces)
-
-    def _hide(self, keep_options: bool = True) -> None:
-        for watcher in reversed(self._all_watchers()):
-            watcher.after_step()
-        self._view.hide(keep_options)
-        for turn in self._shown:
-            self.partition.share(turn.pieces)
-
-    def _all_watchers(self) -> list[StepWatcher]:
-        return [*([] if self._proof is None else [self._proof]), *self.watchers]
+        self._stepper.begin(self._active_groups, self._active)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
-        self._hide()
-        self.partition.finish()
-        self._view.lower_gradients()
-        self.offloader.end_step(self.at_sweep_start)
-        check_counts(optimizer, self._counts)
+        self._stepper.end(self.at_sweep_start)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
         # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
@@ -516,10 +444,7 @@ class HiFTEngine:
             return
         following = self._select()
         if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
-            self._hold_first(following)
-
-    def _hold_first(self, groups: Sequence[LayerGroup]) -> None:
-        self.offloader.hold(self._turns_of(groups)[0].state)
+            self._stepper.hold_first(following)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         collected = self._state.collect()
@@ -560,7 +485,7 @@ class HiFTEngine:
         self._active_groups, self._trained = self._select(), None
         self._held_on_load = (self.step, position["held"]) if position else None
         self._counters_on_load = position.get("counters", [])
-        self._proof = None
+        self._forget_proof()
         if self._active and not self._closed:
             self.activate()
         return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
@@ -579,16 +504,9 @@ class HiFTEngine:
         return {**own, "state": defaultdict(dict, {**own["state"], **state})}
 
     def _switch(self, name: str) -> None:
-        """``train`` or ``eval`` of a schedule-free optimizer, which needs the state of all parameters, turn by turn."""
-        turns = [turn for turn in (*self._turns_of(self.groups), self._fixed) if turn.pieces]
-        for turn, following in pairwise([*turns, None]):
-            assert turn is not None
-            self._view.show([turn], to_step=False)
-            getattr(type(self.optimizer), name)(self.optimizer)
-            self._view.hide(keep_options=following is None or turn.owner != following.owner)
-            self.offloader.hold(None)
+        self._stepper.switch(name)
         if not self._closed:
-            self._hold_first(self._select())
+            self._stepper.hold_first(self._select())
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._state.keep_apart()
@@ -628,42 +546,10 @@ class HiFTEngine:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _make_turn(self, owner: int | str, pieces: list[Piece], stays: bool = False) -> Turn:
-        own = [piece for piece in pieces if self.partition.owns(piece)]
-        return Turn(owner, pieces, own, self.offloader.add([piece.handle for piece in own], stays))
-
-    def _reserve_host_memory(self) -> None:
-        """For the state that will come to the host, as far as it is there not yet and can be foretold."""
-        if not self.offloader.reserves or self.policy.state_handling == "reset":
-            return
-        try:
-            known = live_state_bytes(self.optimizer, torch.float32 if self.master_weights != "none" else None)
-        except RuntimeError:  # a foreign optimizer may refuse to be tried out
-            return
-        sizes = []
-        for turn in (turn for turns in self._turns for turn in turns):
-            if all(is_master for is_master, _ in turn.state.flats):
-                found = [(known.get(p.parameter, StateBytes()), p.share) for p in turn.own]
-                sizes.append(sum(math.ceil(each.device * share) + each.host for each, share in found))
-        self.offloader.reserve(sizes)
-
-    def _turns_of(self, groups: Sequence[LayerGroup]) -> list[Turn]:
-        """What is stepped together, turn by turn."""
-        return [turn for group in groups for turn in self._turns[group.index]]
-
-    def _check_ownership(self) -> None:
-        grouped = {id(p): name for name, p in self.parameters.items()}
-        owned = {id(p): p for p in parameters_of(self.optimizer)}
-        strangers = [p for i, p in owned.items() if p.requires_grad and i not in grouped]
-        if strangers:
-            raise ValueError(
-                f"The optimizer holds {len(strangers)} trainable parameters that no layer group has, of shapes"
-                f" {[tuple(p.shape) for p in strangers[:4]]}; they would train at every step. Build the optimizer from"
-                " the parameters of the module that is trained."
-            )
-        orphans = [name for i, name in grouped.items() if i not in owned]
-        if orphans:
-            raise ValueError(f"No optimizer holds the parameters {orphans[:8]} of the layer groups. {ORPHAN_REMEDY}")
+    def _forget_proof(self) -> None:
+        if self._proof is not None:
+            self.watchers.remove(self._proof)
+            self._proof = None
 
     def _take_over_from(self, other: HiFTEngine | None) -> None:
         if other is None:
@@ -674,27 +560,10 @@ class HiFTEngine:
                 " next one."
             )
         if other._fingerprint() == self._fingerprint():
-            self.step, self._proof = other.step, None
+            self.step = other.step
+            self._forget_proof()
             self.policy.load_state_dict(other.policy.state_dict())
         other._hand_back(to_device=False)
-
-    def _check_slicing(self, max_group_numel: int | None, cut: Sequence[Sequence[Any]]) -> None:
-        if max_group_numel is not None and max_group_numel < 1:
-            raise ValueError(f"Got max_group_numel={max_group_numel}; it must be at least 1.")
-        if any(is_sharded(p) for p in self.parameters.values()) and not steps_element_wise(self.optimizer):
-            raise ValueError(
-                f"{type(self.optimizer).__name__} does not compute the same for parts of a parameter as for the whole,"
-                " but the parameters are sharded over processes. Use an element-wise optimizer, such as"
-                " torch.optim.AdamW, or strategy='hift_ddp', with which each process has whole parameters."
-            )
-        sliced = [group for group, turns in zip(self.groups, cut, strict=True) if len(turns) > 1]
-        if sliced and not steps_element_wise(self.optimizer):
-            largest = max(sliced, key=lambda group: group.numel)
-            raise ValueError(
-                f"Got max_group_numel={max_group_numel:,}, and group {largest.name} has {largest.numel:,} elements, but"
-                f" {type(self.optimizer).__name__} does not compute the same for slices as for the whole."
-                " Use an element-wise optimizer, such as torch.optim.AdamW, or leave max_group_numel out."
-            )
 
     def _fingerprint(self) -> dict[str, Any]:
         return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales)
@@ -729,9 +598,3 @@ def _is_nested(optimizer: Optimizer) -> bool:
             count += 1
         current = current.f_back
     return count > 1
-
-
-def _bare_step(optimizer: Optimizer) -> None:
-    """One step without the hooks around it."""
-    step = type(optimizer).step
-    getattr(step, "__wrapped__", step)(optimizer)

@@ -73,7 +73,7 @@ def test_all_is_page_locked_before_the_first_step(options, fused, locked):
 def test_what_was_reserved_in_vain_is_given_back(softgpu, monkeypatch):
     """The state is not what it was foretold to be."""
     foretold = lambda optimizer, dtype: {p: StateBytes(1) for p in parameters_of(optimizer)}  # noqa: E731
-    monkeypatch.setattr("lightning_hift.engine.engine.live_state_bytes", foretold)
+    monkeypatch.setattr("lightning_hift.engine.stepper.live_state_bytes", foretold)
     _, engine = train("softgpu", steps=0)
     assert engine.offloader._memory._reserved
     _, engine = train("softgpu", steps=7)
