@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -33,15 +32,14 @@ from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.engine.parameter_checks import check_ownership, check_slicing, check_unchanged
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
 from lightning_hift.engine.row_slices import cut_into_turns
+from lightning_hift.engine.saving import Saving
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.stepper import Stepper, StepWatcher
-from lightning_hift.groups.fingerprint import check_fingerprint, make_fingerprint
+from lightning_hift.groups.fingerprint import make_fingerprint
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.precision.master_weights import MasterWeights, resolve_master_weights
-
-_CHECKPOINT_KEY = "hift"
 
 
 class HiFTEngine:
@@ -137,14 +135,10 @@ class HiFTEngine:
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
         self._closed = False
-        self._has_all_state = self.partition.world_size == 1
         self._proof: FirstSweepProof | None = None
         if self._needs_gradient:
             self._proof = FirstSweepProof(self.parameters, len(self.groups))
             self.watchers.append(self._proof)
-        self.held_schedulers: list[Any] = []  # each a SweepLR, whose pending steps travel with the optimizer
-        self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
-        self._counters_on_load: list[Any] = []
         self._untrained = policy.state_dict()
         self._trained: tuple[LayerGroup, ...] | None = None  # those that may have state, if it is reset; None: all
         self._num_owned = len(parameters_of(optimizer))
@@ -164,19 +158,23 @@ class HiFTEngine:
         self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", None)
         # A fused one would undo the scaling of gradients itself, in each of several turns, and not have them clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]  # it may call no hooks
         for name in ("train", "eval"):  # schedule-free optimizers move all weights between two points
             if callable(getattr(optimizer, name, None)):
                 setattr(optimizer, name, partial(self._switch, name))
-        optimizer.__getstate__ = self._get_state  # type: ignore[method-assign]  # for copies and pickles
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._complete_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._divert_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._saving = Saving(
+            optimizer,
+            self._state,
+            self._view.options,
+            self.partition,
+            self._position,
+            self._fingerprint,
+            self._go_to,
+            self._after_load,
+        )
         if advance_on_step:
             self.activate()
 
@@ -446,87 +444,25 @@ class HiFTEngine:
         if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
             self._stepper.hold_first(following)
 
-    def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        collected = self._state.collect()
-        others = {k: v for k, v in state_dict["state"].items() if k not in range(self._num_owned)}
-        state_dict["state"] = collected.state | others
-        for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
-            for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
-                for key, value in caught_up.items():
-                    is_tensor = isinstance(group[key], torch.Tensor)
-                    group[key] = torch.full_like(group[key], value) if is_tensor else value
-        state_dict[_CHECKPOINT_KEY] = {
-            "step": self.step,
-            "dtypes": collected.dtypes,
-            "masters": collected.masters,
-            "counters": self._view.options.state_dict(),
-            "held": [s.held_state() for s in self.held_schedulers],
-            **({"learned": learned} if (learned := self.policy.state_dict()) else {}),
-            **({} if self._has_all_state else {"part": [self.partition.rank, self.partition.world_size]}),
-            **self._fingerprint(),
-        }
-
-    def _divert_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
-            return None  # torch raises its own error for this
-        position = state_dict.get(_CHECKPOINT_KEY) or {}
-        if "part" in position:
-            rank, world_size = position["part"]
-            raise RuntimeError(
-                f"This is the part of the optimizer's state that process {rank} of {world_size} has kept. Load what"
-                " Trainer.save_checkpoint has written, which is all of it."
-            )
-        if position:
-            check_fingerprint(position, self._fingerprint())
-        rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
-        self.step = position.get("step", 0)
-        self.policy.load_state_dict(position.get("learned", self._untrained))
-        self._active_groups, self._trained = self._select(), None
-        self._held_on_load = (self.step, position["held"]) if position else None
-        self._counters_on_load = position.get("counters", [])
-        self._forget_proof()
-        if self._active and not self._closed:
-            self.activate()
-        return {**{k: v for k, v in state_dict.items() if k != _CHECKPOINT_KEY}, "state": rest}
-
-    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """In the place of an optimizer's own ``load_state_dict``."""
-        position = {key: value for key, value in state_dict.items() if key == _CHECKPOINT_KEY}
-        own = {key: value for key, value in state_dict.items() if key != _CHECKPOINT_KEY}
-        Optimizer.load_state_dict(self.optimizer, self._state.read_own_format(own) | position)
-
-    def _get_state(self) -> dict[str, Any]:
-        """What copies and pickles hold: an ordinary optimizer with all state, but without masters and counters."""
-        collected, owned = self._state.collect().state, parameters_of(self.optimizer)
-        own: dict[str, Any] = type(self.optimizer).__getstate__(self.optimizer)
-        state = {owned[i]: values for i, values in collected.items()}
-        return {**own, "state": defaultdict(dict, {**own["state"], **state})}
-
     def _switch(self, name: str) -> None:
         self._stepper.switch(name)
         if not self._closed:
             self._stepper.hold_first(self._select())
 
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._state.keep_apart()
-        self._view.options.load_state_dict(self._counters_on_load)
-        self._trained = None
-        if self._active and not self._closed:
-            self._reset_inactive()
-        for scheduler in self.held_schedulers:
-            self.restore_held(scheduler)
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def held_schedulers(self) -> list[Any]:
+        """Each a ``SweepLR``, whose pending steps travel with the optimizer; may be changed."""
+        return self._saving.held_schedulers
 
     def restore_held(self, scheduler: Any) -> None:
         """Give a scheduler what the checkpoint that was loaded holds back for it, if no step was made since."""
-        if self._held_on_load is None or self._held_on_load[0] != self.step:
-            return
-        index, held = self.held_schedulers.index(scheduler), self._held_on_load[1]
-        if index < len(held):
-            scheduler.restore_held(held[index])
+        self._saving.restore_held(scheduler)
 
-    @contextmanager
-    def gathered(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    def gathered(
+        self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None
+    ) -> AbstractContextManager[None]:
         """In this context, which all processes enter together, the first one's ``optimizer.state_dict()`` is whole.
 
         Args:
@@ -536,13 +472,24 @@ class HiFTEngine:
         Raises:
             OSError: In all processes: the disk of the first one is full.
         """
-        self._state.gather(directory, group)
-        self._has_all_state = self.partition.rank == 0
-        try:
-            yield
-        finally:
-            self._state.forget_others()
-            self._has_all_state = self.partition.world_size == 1
+        return self._saving.gathered(directory, group)
+
+    def _position(self) -> dict[str, Any]:
+        learned = self.policy.state_dict()
+        return {"step": self.step, **({"learned": learned} if learned else {})}
+
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        self.step = position.get("step", 0)
+        self.policy.load_state_dict(position.get("learned", self._untrained))
+        self._active_groups, self._trained = self._select(), None
+        self._forget_proof()
+        if self._active and not self._closed:
+            self.activate()
+
+    def _after_load(self) -> None:
+        self._trained = None
+        if self._active and not self._closed:
+            self._reset_inactive()
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -574,7 +521,8 @@ class HiFTEngine:
         for hook in self._hooks:
             hook.remove()
         del self.optimizer._hift_engine  # type: ignore[attr-defined]
-        for name in ("load_state_dict", "train", "eval", "__getstate__"):
+        self._saving.remove()
+        for name in ("train", "eval"):
             vars(self.optimizer).pop(name, None)
         if self._scales_itself is not None:
             self.optimizer._step_supports_amp_scaling = self._scales_itself  # type: ignore[attr-defined]

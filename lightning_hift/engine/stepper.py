@@ -60,25 +60,19 @@ class Stepper:
     ) -> None:
         self.view = StepView(optimizer, offloader, master_weights)
         self.watchers: list[StepWatcher] = []
-        self.fixed = self._make_turn(_ALWAYS, always, offloader, partition, stays=True)
-        self._turns = [
-            [self._make_turn(index, pieces, offloader, partition) for pieces in turns]
-            for index, turns in enumerate(cut)
-        ]
         self._optimizer = optimizer
         self._offloader = offloader
         self._partition = partition
+        self.fixed = self._make_turn(_ALWAYS, always, stays=True)
+        self._turns = [[self._make_turn(index, pieces) for pieces in turns] for index, turns in enumerate(cut)]
         self._lr_scales = lr_scales
         self._needs_gradient = getattr(optimizer, "needs_gradient", True)
         self._shown: list[Turn] = []
         self._counts: dict[str, float] = {}
 
-    @staticmethod
-    def _make_turn(
-        owner: int | str, pieces: list[Piece], offloader: StateOffloader, partition: UndividedState, stays: bool = False
-    ) -> Turn:
-        own = [piece for piece in pieces if partition.owns(piece)]
-        return Turn(owner, pieces, own, offloader.add([piece.handle for piece in own], stays))
+    def _make_turn(self, owner: int | str, pieces: list[Piece], stays: bool = False) -> Turn:
+        own = [piece for piece in pieces if self._partition.owns(piece)]
+        return Turn(owner, pieces, own, self._offloader.add([piece.handle for piece in own], stays))
 
     @property
     def turns(self) -> list[Turn]:

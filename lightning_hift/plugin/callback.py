@@ -276,7 +276,7 @@ class HiFTCallback(Callback):
         configs = trainer.strategy.lr_scheduler_configs
         in_use = {id(config.scheduler) for config in configs}
         for each in self._engines:  # a callback may have put another scheduler in the place of a held one
-            each.held_schedulers = [s for s in each.held_schedulers if id(s) in in_use]
+            each.held_schedulers[:] = [s for s in each.held_schedulers if id(s) in in_use]
         for config in configs:
             engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
             if engine is None or is_held(config.scheduler) or type(config.scheduler).__module__ == _LR_FINDER:
