@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,26 +26,24 @@ from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.engine.attach import attach_engines, find_groups
 from lightning_hift.engine.engine import HiFTEngine
-from lightning_hift.engine.lr_forecast import SPANS_RUN
 from lightning_hift.engine.lr_scale import LRScale
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.random_state import get_random_state, set_random_state
-from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr, is_held
+from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
-from lightning_hift.groups.report import describe_groups
 from lightning_hift.groups.schedule import Order
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.groups.turns import Turns, choose_turns
 from lightning_hift.offload.offloader import StateOffloader
-from lightning_hift.offload.sharded_tensors import is_sharded
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
+from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.run_length import run_length
+from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_single_steps
+from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
-_LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
-_FEW_SWEEPS = 3
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
@@ -123,11 +121,10 @@ class HiFTCallback(Callback):
         self._turns_on_load: Turns | None = None
         self._engines: list[HiFTEngine] = []
         self._running = False
-        self._knows_length = False
-        self._total_steps = math.inf
+        self._rates: HeldRates | None = None
         self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
         self._backward_ran = False
-        self._of_step: dict[int, dict[str, Tensor]] = {}  # what is to be logged of each engine's last step
+        self._values = StepValues()
         self._backwards_without_step = 0
         self._budget: ActivationBudget | None = None
         self._graph_was_checked = self._was_saved = False
@@ -195,7 +192,7 @@ class HiFTCallback(Callback):
                 " strategy='hift_ddp' on several, or 'hift_fsdp' if the weights do not fit on one."
             )
         self._engines = []
-        self._running = self._knows_length = False
+        self._running = False
         self._random_state = self._turns_on_load = None
 
     @override
@@ -256,7 +253,7 @@ class HiFTCallback(Callback):
         )
         self._running = True
         strategy.optimizers = strategy.optimizers  # Lightning wraps them anew, with what the engines have changed
-        self._hold_learning_rates(trainer)
+        self._rates = HeldRates(self.hold_lr, trainer, self._engines)
 
     def _engine_options(self, strategy: Any) -> dict[str, Any]:
         """Without ``HiFTStrategy`` the weights are rounded before masters could be taken from them."""
@@ -270,74 +267,17 @@ class HiFTCallback(Callback):
             "master_weights": "none",
         }
 
-    def _hold_learning_rates(self, trainer: pl.Trainer) -> None:
-        if self.hold_lr == "off":
-            return
-        configs = trainer.strategy.lr_scheduler_configs
-        in_use = {id(config.scheduler) for config in configs}
-        for each in self._engines:  # a callback may have put another scheduler in the place of a held one
-            each.held_schedulers[:] = [s for s in each.held_schedulers if id(s) in in_use]
-        for config in configs:
-            engine = next((e for e in self._engines if e.optimizer is config.scheduler.optimizer), None)
-            if engine is None or is_held(config.scheduler) or type(config.scheduler).__module__ == _LR_FINDER:
-                continue
-            config.scheduler = cast(Any, SweepLR(config.scheduler, engine, self.hold_lr))
-            if self._knows_length:
-                self._expect(trainer, config)
-
-    def _expect(self, trainer: pl.Trainer, config: Any) -> None:
-        _, engine = self._engine_of(config.scheduler.optimizer)
-        before = trainer.global_step // len(self._engines) - engine.step
-        config.scheduler.expect(run_length(trainer, len(self._engines), config, before))
-
-    def _expect_length(self, trainer: pl.Trainer) -> None:
-        # Not earlier: counting the batches sets up the data loaders, whose state has to be loaded first.
-        self._total_steps = run_length(trainer, len(self._engines)).total_steps
-        self._knows_length = True
-        for config in trainer.strategy.lr_scheduler_configs:
-            if is_held(config.scheduler):
-                self._expect(trainer, config)
-                if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
-                    cast(Any, config.scheduler).refuse_waste()
-
-    def _warn_about_length(self, trainer: pl.Trainer) -> None:
-        total, asked = self._total_steps, self.options
-        asks_for_turns = asked.policy is None and bool(asked.group_size or asked.steps_per_group)
-        for engine in () if cast(Any, trainer).fast_dev_run else self._engines:
-            missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
-            if missing:
-                rank_zero_warn(
-                    f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
-                    f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
-                    f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
-                )
-            elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
-                rank_zero_warn(
-                    f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
-                    f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={self.turns.group_size!r} and"
-                    f" steps_per_group={self.turns.steps_per_group}. Leave them out to have them chosen by the length."
-                )
-        if self.hold_lr != "once":
-            return
-        for config in trainer.strategy.lr_scheduler_configs:
-            spans_run = getattr(config.scheduler, SPANS_RUN, False)
-            if not is_held(config.scheduler) or config.interval != "step" or spans_run:
-                continue
-            _, engine = self._engine_of(config.scheduler.optimizer)
-            length, name = engine.policy.steps_per_sweep, config.scheduler.__class__.__name__
-            if length > 1:
-                rank_zero_warn(
-                    f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
-                    f" will get about {total / length:.0f} of the {total:g} steps it would get without HiFT."
-                    " Size the schedule in sweeps, or use hold_lr='replay'."
-                )
-
     # Until here everything is trainable, as the model summary and the user's own hooks expect.
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
-        self._expect_length(trainer)
-        self._warn_about_length(trainer)
+        assert self._rates is not None
+        self._rates.find_length()
+        total = self._rates.total_steps
+        if not cast(Any, trainer).fast_dev_run:
+            warn_about_length(self._engines, total, self.options, self.grouping)
+        if self.hold_lr == "once":
+            warn_about_single_steps(trainer, self._engines, total)
         rank_zero_info(self.summary(pl_module))
         refuse_reentrant_modules(pl_module)
         nbytes = getattr(trainer.strategy, "activation_budget", None)
@@ -357,7 +297,8 @@ class HiFTCallback(Callback):
             engine.activate()
         if self._budget is not None:
             self._budget.begin_batch()
-        self._hold_learning_rates(trainer)
+        assert self._rates is not None
+        self._rates.hold()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -401,13 +342,7 @@ class HiFTCallback(Callback):
         self._backward_ran = False
         self._backwards_without_step = 0
         engine.announce_step()
-        of_step = self._of_step[index] = {}
-        if (lr := engine.learning_rate) is not None:
-            of_step["lr"] = torch.as_tensor(lr, dtype=torch.float32)
-        gradients = [_dense(p.grad) for p in engine.active_parameters if p.grad is not None]
-        if gradients:
-            norm: Any = torch.nn.utils.get_total_norm(gradients)
-            of_step["grad_norm"] = norm.full_tensor() if is_sharded(norm) else norm
+        self._values.note(index, engine)
 
     @override
     def on_train_batch_end(
@@ -415,14 +350,15 @@ class HiFTCallback(Callback):
     ) -> None:
         if self._budget is not None:
             self._budget.end_batch()
-        self._flush_learning_rates(trainer, SweepLR.flush)
+        assert self._rates is not None
+        self._rates.flush(SweepLR.flush)
         for engine in self._engines:
             if (report := engine.first_sweep_report()) is not None:
                 first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
                 (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
             engine.unfreeze()
         if not trainer.barebones:
-            self._log_values(trainer)
+            self._values.log(trainer, self._engines)
 
     @override
     def on_save_checkpoint(
@@ -434,7 +370,8 @@ class HiFTCallback(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._flush_learning_rates(trainer, SweepLR.finish)
+        assert self._rates is not None
+        self._rates.flush(SweepLR.finish)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -448,27 +385,7 @@ class HiFTCallback(Callback):
 
     def summary(self, pl_module: torch.nn.Module) -> str:
         """The table of groups that is shown at the start of fit."""
-        text = [self._engines[0].policy.describe(len(self.groups)) + self._turns_in_run()]
-        for engine in self._engines:
-            most = engine.policy.most_groups
-            text.append(describe_groups(engine.groups, engine.always_active, most, engine.lr_scales))
-            if engine.step:
-                place = engine.step % engine.policy.steps_per_sweep
-                text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")
-        grouped = {id(p) for engine in self._engines for p in engine.parameters.values()}
-        rest = [(name, p) for name, p in pl_module.named_parameters() if id(p) not in grouped]
-        if rest:
-            names = ", ".join(name for name, _ in rest[:3]) + (", ..." if len(rest) > 3 else "")
-            text.append(f"Frozen: {sum(p.numel() for _, p in rest):,} parameters in {len(rest)} tensors ({names})")
-        return "\n".join(text)
-
-    def _turns_in_run(self) -> str:
-        engine = self._engines[0]
-        if math.isinf(self._total_steps):
-            return ""
-        layers = sum(len(group.units) for group in engine.groups)
-        sweeps = self._total_steps / engine.policy.steps_per_sweep
-        return f"; {self._total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
+        return summarize_run(pl_module, self._engines, math.inf if self._rates is None else self._rates.total_steps)
 
     def _engine_of(self, optimizer: Optimizer) -> tuple[int, HiFTEngine]:
         bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -490,48 +407,9 @@ class HiFTCallback(Callback):
                 # Several processes have to learn the same, so from the same.
                 engine.observe(trainer.strategy.reduce(loss, reduce_op="mean") if engine.policy.learns else loss)
 
-    def _flush_learning_rates(self, trainer: pl.Trainer, flush: Callable[[SweepLR], None]) -> None:
-        # Only schedulers that are still in use: a callback may have replaced one in the middle of the run.
-        for config in trainer.strategy.lr_scheduler_configs:
-            if is_held(config.scheduler):
-                flush(cast(SweepLR, config.scheduler))
-
-    def _log_values(self, trainer: pl.Trainer) -> None:
-        """Show what the last step did: to other callbacks and the bar at once, to loggers when it is their turn.
-
-        Past ``LightningModule.log``, which takes a third of a millisecond for each value.
-        """
-        values: dict[str, Tensor] = {}
-        for index, of_step in self._of_step.items():
-            engine, suffix = self._engines[index], f"/{index}" if len(self._engines) > 1 else ""
-            of_sweep = engine.offloader.exposure
-            found = {
-                "group": engine.active_group.index,
-                "sweep": engine.sweep,
-                "state_bytes_device": engine.offloader.device_bytes,
-                "state_bytes_host": engine.offloader.host_bytes,
-                "exposed_transfer_ms": engine.offloader.exposed_ms(),
-                "exposed_ms": of_sweep.sweep_ms,
-                "exposed_ms_max": of_sweep.sweep_max_ms,
-                **of_step,
-            }
-            if (sent_bytes := getattr(trainer.strategy, "sent_bytes", None)) is not None:
-                found["sent_bytes"] = sent_bytes
-            values |= {f"hift/{name}{suffix}": torch.as_tensor(v, dtype=torch.float32) for name, v in found.items()}
-            on_bar = {f"hift/{name}{suffix}": found[name] for name in ("group", "sweep")}
-            trainer.progress_bar_metrics.update(cast(Any, on_bar))
-        if not values:
-            return
-        self._of_step = {}
-        trainer.callback_metrics.update(values)
-        trainer.logged_metrics.update(values)
-        connector = trainer._logger_connector
-        if connector.should_update_logs or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            connector.log_metrics(values)  # which is where the values of LightningModule.log go
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback for another run: engines belong to the optimizers of this one.
-        return {**vars(self), "_engines": [], "_running": False, "_of_step": {}, "_budget": None}
+        return {**vars(self), "_engines": [], "_running": False, "_rates": None, "_budget": None}
 
     def _close(self) -> None:
         if self._budget is not None:
@@ -557,7 +435,3 @@ def _most_numel(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     return torch.cuda.get_device_properties(device).total_memory / _DEVICE_SHARE
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient

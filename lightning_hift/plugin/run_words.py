@@ -1,0 +1,94 @@
+"""What a user is told about a run when it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.lr_forecast import SPANS_RUN
+from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.engine.sweep_lr import is_held
+from lightning_hift.groups.report import describe_groups
+
+_FEW_SWEEPS = 3
+
+
+def summarize_run(module: torch.nn.Module, engines: Sequence[HiFTEngine], total_steps: float) -> str:
+    """The table of groups, with what is frozen.
+
+    Args:
+        module: What is trained.
+        engines: One for each of its optimizers.
+        total_steps: Optimizer steps of the run; infinity if that is not known.
+    """
+    num_groups = sum(len(engine.groups) for engine in engines)
+    text = [engines[0].policy.describe(num_groups) + _sweeps_in_run(engines[0], total_steps)]
+    for engine in engines:
+        most = engine.policy.most_groups
+        text.append(describe_groups(engine.groups, engine.always_active, most, engine.lr_scales))
+        if engine.step:
+            place = engine.step % engine.policy.steps_per_sweep
+            text.append(f"Resumed at optimizer step {engine.step}: sweep {engine.sweep}, step {place} of it")
+    grouped = {id(p) for engine in engines for p in engine.parameters.values()}
+    rest = [(name, p) for name, p in module.named_parameters() if id(p) not in grouped]
+    if rest:
+        names = ", ".join(name for name, _ in rest[:3]) + (", ..." if len(rest) > 3 else "")
+        text.append(f"Frozen: {sum(p.numel() for _, p in rest):,} parameters in {len(rest)} tensors ({names})")
+    return "\n".join(text)
+
+
+def _sweeps_in_run(engine: HiFTEngine, total_steps: float) -> str:
+    if math.isinf(total_steps):
+        return ""
+    layers = sum(len(group.units) for group in engine.groups)
+    sweeps = total_steps / engine.policy.steps_per_sweep
+    return f"; {total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
+
+
+def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: HiFTOptions) -> None:
+    """Warn where a run is too short for its layer groups to take turns.
+
+    Args:
+        engines: One for each optimizer.
+        total: Optimizer steps of the run.
+        asked: What the user has asked for.
+        chosen: What came of it.
+    """
+    asks_for_turns = asked.policy is None and bool(asked.group_size or asked.steps_per_group)
+    for engine in engines:
+        missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
+        if missing:
+            rank_zero_warn(
+                f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
+                f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
+                f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
+            )
+        elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
+            steps = getattr(engine.policy, "steps_per_group", None)
+            rank_zero_warn(
+                f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
+                f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={chosen.group_size!r} and"
+                f" steps_per_group={steps}. Leave them out to have them chosen by the length."
+            )
+
+
+def warn_about_single_steps(trainer: pl.Trainer, engines: Sequence[HiFTEngine], total: float) -> None:
+    """Warn of schedules of which ``hold_lr="once"`` leaves out most; arguments as in ``warn_about_length``."""
+    for config in trainer.strategy.lr_scheduler_configs:
+        spans_run = getattr(config.scheduler, SPANS_RUN, False)
+        if not is_held(config.scheduler) or config.interval != "step" or spans_run:
+            continue
+        owners = [engine for engine in engines if engine.optimizer is cast(Any, config.scheduler).optimizer]
+        length, name = owners[0].policy.steps_per_sweep, config.scheduler.__class__.__name__
+        if length > 1:
+            rank_zero_warn(
+                f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
+                f" will get about {total / length:.0f} of the {total:g} steps it would get without HiFT."
+                " Size the schedule in sweeps, or use hold_lr='replay'."
+            )
