@@ -226,3 +226,20 @@ def test_every_part_of_a_config_goes_with_a_task(printed_config):
             assert path.name in {task.name for task in tasks}
         elif str(path.relative_to(ROOT)) not in named:
             assert printed_config([classification, path])["model"]["class_path"]
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_fits_on_three_screens():
+    assert len(ARCHITECTURE.splitlines()) <= 120
+
+
+def test_all_that_the_architecture_names_is_there():
+    package = ROOT / "lightning_hift"
+    for name, path in re.findall(r"`(\w+)` \| `([\w/]+\.py)`", ARCHITECTURE):
+        assert re.search(rf"^class {name}\b", (package / path).read_text(), flags=re.MULTILINE), name
+    for path in re.findall(r"`((?:tests|offload|groups)/[\w/]+\.py)`", ARCHITECTURE):
+        assert (ROOT / path).is_file() or (package / path).is_file(), path
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert rooms == {room.rstrip("/") for room in re.findall(r"`([a-z]+/)`", ARCHITECTURE)}
