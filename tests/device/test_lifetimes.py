@@ -163,7 +163,9 @@ def test_state_that_is_resident_leaves_nothing_on_the_host(softgpu, tmp_path, mo
 
 def test_a_fork_leaves_page_locked_memory_alone(softgpu, monkeypatch):
     unlocked = []
-    monkeypatch.setattr(softgpu.cudart(), "cudaHostUnregister", unlocked.append)
+    unlock = softgpu.cudart().cudaHostUnregister
+    note = lambda address: (unlocked.append(address), unlock(address))  # noqa: E731
+    monkeypatch.setattr(softgpu.cudart(), "cudaHostUnregister", note)
     memory = HostMemory(torch.device("softgpu")).allocate([torch.empty(10)])
     child = os.fork()
     if child == 0:
