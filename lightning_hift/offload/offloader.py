@@ -159,7 +159,7 @@ class StateOffloader:
             )
             flats = group.lay_out(contents)
             self._allocate(flats)
-            self._leave(group)
+            self._let_go(group)
             views = {label: view for flat in flats.values() for label, view in flat.views(flat.host).items()}
             # What stays lies apart, so that it does not keep the memory of all the rest.
             views |= {label: torch.empty_like(tensor, device="cpu") for label, tensor in contents.on_host.items()}
@@ -170,8 +170,7 @@ class StateOffloader:
 
     def drop(self, group: GroupState) -> None:
         """Forget the optimizer's own state of ``group``, but not its masters."""
-        if group.arriving is not None:
-            self._leave(group)
+        self._drop_arriving([group])
         before = group.contents
         self._before_freeing(flat for (is_master, _), flat in group.flats.items() if not is_master)
         masters = {o: {k: v for k, v in state.items() if k in MASTER_KEYS} for o, state in before.states.items()}
@@ -182,7 +181,7 @@ class StateOffloader:
         """Forget all state, and whose it was."""
         self.drain()
         for group in self._groups:
-            self._leave(group)
+            self._let_go(group)
         self._groups, self._group_of = [], {}
 
     def hold(self, group: GroupState | None) -> None:
@@ -194,18 +193,15 @@ class StateOffloader:
         Raises:
             OSError: The disk is full. The state that should have gone there still is on the device.
         """
-        staying = [each for each in self._groups if each is group or each.stays]
-        going = [each for each in self._groups if each not in staying]
+        going = [each for each in self._groups if each is not group and not each.stays]
         self._release([each for each in going if each.is_resident])
-        for each in going:
-            if each.arriving is not None:
-                self._leave(each)
+        self._drop_arriving(going)
         if not self.prefetch:
             self._settle()
             if self._in_slot is None:
                 self._transfers.slot = None
             return
-        for each in staying:
+        for each in [each for each in self._groups if each is group or each.stays]:
             # A larger slot must wait until what is leaving has left, or there would be two of them for a while.
             if self._is_away(each) and not (self._leaving and self._must_grow(each)):
                 self._fetch(each)
@@ -237,9 +233,7 @@ class StateOffloader:
 
         What a full disk does not take goes to host memory.
         """
-        for group in self._groups:
-            if group.arriving is not None:
-                self._leave(group)
+        self._drop_arriving(self._groups)
         try:
             self._release([group for group in self._groups if group.is_resident])
         except OSError:
@@ -321,12 +315,20 @@ class StateOffloader:
         moving = (tensor for label, tensor in contents.tensors.items() if label not in contents.on_host)
         return self._copies and any(slot is None or slot.range_of(tensor) is None for tensor in moving)
 
+    def _drop_arriving(self, groups: Iterable[GroupState]) -> None:
+        for group in groups:
+            if group.arriving is not None:
+                self._leave(group)
+
     def _leave(self, group: GroupState) -> None:
         """Let go of what ``group`` has on the device; the host has it, too."""
-        self._transfers.wait(group.arriving)
-        group.arriving, group.is_resident = None, False
+        self._let_go(group)
         if group.flats:
             group.contents = group.viewed(on_device=False)
+
+    def _let_go(self, group: GroupState) -> None:
+        self._transfers.wait(group.arriving)
+        group.arriving, group.is_resident = None, False
         for flat in group.flats.values():
             flat.device = None
         if self._in_slot is group:

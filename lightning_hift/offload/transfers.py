@@ -82,11 +82,13 @@ class Slot:
     def note_read(self, tensor: Tensor, event: Any) -> None:
         """``tensor`` has been read once ``event`` has happened."""
         if (found := self.range_of(tensor)) is not None:
-            self._read = [each for each in self._read if not each[2].query()]
-            self._read.append((*found, event))
+            start, end = found
+            # Reads happen one after another, so the last one of a stretch stands for those before.
+            self._read = [(s, e, ended) for s, e, ended in self._read if s < start or end < e]
+            self._read.append((start, end, event))
 
     def free_after(self, tensor: Tensor) -> Any | None:
-        """The event after which ``tensor`` may be overwritten; ``None``: now. Reads happen in the order of notes."""
+        """The event after which ``tensor`` may be overwritten; ``None``: now."""
         if (found := self.range_of(tensor)) is None:
             return None
         start, end = found

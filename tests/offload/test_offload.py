@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hift import StateOffloader
+from lightning_hift import HFT, LISA, BAdam, StateOffloader
 from tests.lagging import LaggingDevice
 from tests.models import Net, adamw, attach_published, next_token_loss, tokens
 
@@ -258,6 +258,52 @@ def test_put_leaves_other_owners_alone():
     offloader.put({p: {}})
     assert offloader.state_of(p) == {}
     assert offloader.state_of(q)["m"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_resident_state_is_replaced_by_state_of_another_form(copies):
+    device = LaggingDevice()
+    offloader = StateOffloader("cpu", "none", device_module=device, always_copy=copies)
+    p = parameter()
+    group = offloader.add([p])
+    for form in ({"m": torch.ones(3)}, {"m": torch.ones(3), "v": torch.zeros(5)}, {"v": torch.ones(2)}, {}):
+        offloader.put({p: form})
+        offloader.hold(group)
+        taken = offloader.take([group])
+        assert {key: value.tolist() for key, value in taken.get(p, {}).items()} == {
+            k: v.tolist() for k, v in form.items()
+        }
+        offloader.give(group, taken)
+    assert offloader.state_of(p) == {}
+
+
+AHEAD = {
+    "one_step_each": {},
+    "two_steps_each": {"steps_per_group": 2},
+    "slices": {"max_group_numel": 100},
+    "random": {"order": "random", "reshuffle": True},
+    "BAdam": {"policy": BAdam(2)},
+    "LISA": {"policy": LISA(1, 2)},
+    "HFT": {"policy": HFT(2)},
+    "masters": {"weights_dtype": torch.bfloat16},
+    "masters_only": {"policy": LISA(1, 2, "reset"), "weights_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_is_stepped_first_is_fetched_ahead(name):
+    model = Net()
+    engine = attach_published(model, adamw(model.parameters()), make_offloader=lagging, **AHEAD[name])
+    late = []
+    for step, batch in enumerate(tokens(40)):
+        next_token_loss(model, batch).backward()
+        state = engine._stepper.turns_of(engine.active_groups)[0].state
+        if state.flats and not (state.is_resident or state.arriving is not None):
+            late.append(step)
+        engine.optimizer.step()
+    # The slot is made, and made larger, when all that is on the device has left.
+    assert len(late) <= 3
+    assert all(step < 20 for step in late)
 
 
 def test_unknown_tier():
