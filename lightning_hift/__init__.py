@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_hift.activations.checkpointing import ActivationBudget
-from lightning_hift.engine.attach import attach_engines
-from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.mezo import MeZO
 from lightning_hift.engine.sweep_lr import SweepLR
 from lightning_hift.groups.drawn_blocks import IST, LISA

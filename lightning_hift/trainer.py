@@ -11,8 +11,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.types import _PREDICT_OUTPUT
 from typing_extensions import override
 
-from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.lr_scale import lr_scales
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.groups.report import describe_groups
 from lightning_hift.planner.memory import parse_bytes
 from lightning_hift.planner.plan import SUSTAINED_FLOPS, make_plan

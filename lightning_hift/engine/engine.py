@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -28,7 +29,9 @@ from lightning_hift.engine.optimizer_checks import (
     check_optimizer,
     check_resettable,
 )
+from lightning_hift.engine.optimizer_groups import find_groups, select_frozen
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
+from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.parameter_checks import check_ownership, check_slicing, check_unchanged
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
 from lightning_hift.engine.row_slices import cut_into_turns
@@ -181,8 +184,6 @@ class HiFTEngine:
     @classmethod
     def attach(cls, model: nn.Module, optimizer: Optimizer, **options: Any) -> HiFTEngine:
         """Attach an engine to the only optimizer of ``model``; see ``attach_engines`` for the options and errors."""
-        from lightning_hift.engine.attach import attach_engines  # which makes engines, and so imports this module
-
         return attach_engines(model, [optimizer], **options)[0]
 
     # --- what is going on ---------------------------------------------------------------------------------------------
@@ -534,6 +535,72 @@ class HiFTEngine:
                 "The state of this optimizer is divided among processes, so it cannot be used without the engine that"
                 " it was under. Return a new one from configure_optimizers, and resume from a checkpoint."
             )
+
+
+def attach_engines(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    options: HiFTOptions | None = None,
+    *,
+    make_offloader: Callable[[], StateOffloader] | None = None,
+    advance_on_step: bool = True,
+    weights_dtype: torch.dtype | None = None,
+    partition: UndividedState | None = None,
+    **more: Any,
+) -> list[HiFTEngine]:
+    """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
+
+    Args:
+        model: The module that owns the parameters.
+        optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
+        options: What trains when, and where its state lives.
+        make_offloader: Builds the keeper of one optimizer's state; default: as ``options`` say.
+        advance_on_step: See ``HiFTEngine``.
+        weights_dtype: See ``HiFTEngine``.
+        partition: See ``HiFTEngine``; one for all optimizers.
+        more: Fields of ``HiFTOptions`` that are to be others.
+
+    Raises:
+        ValueError: An option is out of range; a pattern matches nothing, or something twice; a trainable parameter is
+            in no optimizer, or in two.
+        TypeError: An optimizer cannot step one group at a time, or an option does not exist.
+        RuntimeError: An optimizer is already under another engine.
+    """
+    options = replace(options or HiFTOptions(), **more)
+    policy = options.make_policy()
+    found = find_groups(model, optimizers, options, policy)
+    held_back = select_frozen(model, options.frozen)
+    engines: list[HiFTEngine] = []
+    for p in held_back:
+        p.requires_grad_(False)
+    try:
+        for optimizer, (groups, fixed) in zip(optimizers, found, strict=True):
+            engine = HiFTEngine(
+                optimizer,
+                groups,
+                policy.bound_to(groups, options.seed),
+                fixed,
+                make_offloader() if make_offloader else options.make_offloader(_device_of(groups)),
+                advance_on_step,
+                held_back,
+                options.master_weights,
+                weights_dtype,
+                options.max_group_numel,
+                options.scale,
+                partition,
+            )
+            engines.append(engine)
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        for p in held_back:
+            p.requires_grad_(True)
+        raise
+    return engines
+
+
+def _device_of(groups: Sequence[LayerGroup]) -> torch.device:
+    return next(p.device for group in groups for p in group.parameters.values())
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

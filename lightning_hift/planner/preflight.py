@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.engine.attach import OptimizerGroups
+from lightning_hift.engine.optimizer_groups import OptimizerGroups
 from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.schedule import SweepSchedule

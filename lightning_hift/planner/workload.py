@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.optimizer_checks import check_optimizer
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.probe import StateBytes, live_state_bytes
 from lightning_hift.groups.grouping import GroupSize, LayerGroup, LayerUnit, group_units

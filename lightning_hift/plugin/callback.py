@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
-from lightning_hift.engine.attach import attach_engines, find_groups
-from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.lr_scale import LRScale
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.random_state import get_random_state, set_random_state

@@ -16,8 +16,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.planner.memory import parse_bytes

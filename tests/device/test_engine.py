@@ -114,9 +114,13 @@ def test_tiers(offload, prefetch, pin_memory, masters, tmp_path):
     assert_as_on_the_cpu(tmp_path, offload=offload, prefetch=prefetch, pin_memory=pin_memory, masters=masters)
 
 
-@pytest.mark.parametrize(("turns", "offload", "prefetch"), crossed(TURNS, TIERS, [True, False]))
-def test_turns(turns, offload, prefetch, tmp_path):
-    assert_as_on_the_cpu(tmp_path, TURNS[turns], offload=offload, prefetch=prefetch)
+PLACES = {"host": ("host", True), "late": ("host", False), "disk": ("disk", True), "none": ("none", True)}
+
+
+@pytest.mark.parametrize(("turns", "place", "masters"), crossed(TURNS, PLACES, ["none", "split", "full"]))
+def test_turns(turns, place, masters, tmp_path):
+    offload, prefetch = PLACES[place]
+    assert_as_on_the_cpu(tmp_path, TURNS[turns], offload=offload, prefetch=prefetch, masters=masters)
 
 
 @pytest.mark.parametrize(

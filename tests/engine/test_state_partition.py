@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_hift import HiFTDDPStrategy, HiFTModule, HiFTStrategy, LayerUpdates
-from lightning_hift.engine.attach import find_groups
 from lightning_hift.engine.optimizer_checks import check_divisible
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.offload import host_memory
 from lightning_hift.planner import preflight

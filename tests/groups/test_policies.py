@@ -27,7 +27,7 @@ from lightning_hift import (
     SweepSchedule,
 )
 from lightning_hift.cli import main
-from lightning_hift.engine.attach import find_groups
+from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.planner.memory import GroupBytes, check_memory
 from lightning_hift.planner.preflight import check_before_run
 from lightning_hift.table import format_bytes

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_hift import BAdam, HiFTCallback, HiFTStrategy, StateOffloader, StreamingCheckpointIO
-from lightning_hift.engine.attach import find_groups
+from lightning_hift.engine.optimizer_groups import find_groups
 from tests.lagging import LaggingDevice
 from tests.models import (
     GROUPS,

@@ -1,20 +1,16 @@
-"""From a model and its optimizers to one engine for each."""
+"""Which layer groups each optimizer of a model has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.parameter_checks import ORPHAN_REMEDY
-from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.groups.grouping import (
     GroupSize,
     LayerGroup,
@@ -25,73 +21,6 @@ from lightning_hift.groups.grouping import (
     select_units,
 )
 from lightning_hift.groups.selection import SelectionPolicy
-from lightning_hift.offload.offloader import StateOffloader
-
-
-def attach_engines(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    options: HiFTOptions | None = None,
-    *,
-    make_offloader: Callable[[], StateOffloader] | None = None,
-    advance_on_step: bool = True,
-    weights_dtype: torch.dtype | None = None,
-    partition: UndividedState | None = None,
-    **more: Any,
-) -> list[HiFTEngine]:
-    """Find the layer groups of ``model`` among the parameters of each optimizer and attach an engine to each.
-
-    Args:
-        model: The module that owns the parameters.
-        optimizers: Together they hold every trainable parameter once. Each rotates through its own groups.
-        options: What trains when, and where its state lives.
-        make_offloader: Builds the keeper of one optimizer's state; default: as ``options`` say.
-        advance_on_step: See ``HiFTEngine``.
-        weights_dtype: See ``HiFTEngine``.
-        partition: See ``HiFTEngine``; one for all optimizers.
-        more: Fields of ``HiFTOptions`` that are to be others.
-
-    Raises:
-        ValueError: An option is out of range; a pattern matches nothing, or something twice; a trainable parameter is
-            in no optimizer, or in two.
-        TypeError: An optimizer cannot step one group at a time, or an option does not exist.
-        RuntimeError: An optimizer is already under another engine.
-    """
-    options = replace(options or HiFTOptions(), **more)
-    policy = options.make_policy()
-    found = find_groups(model, optimizers, options, policy)
-    held_back = _select_frozen(model, options.frozen)
-    engines: list[HiFTEngine] = []
-    for p in held_back:
-        p.requires_grad_(False)
-    try:
-        for optimizer, (groups, fixed) in zip(optimizers, found, strict=True):
-            engine = HiFTEngine(
-                optimizer,
-                groups,
-                policy.bound_to(groups, options.seed),
-                fixed,
-                make_offloader() if make_offloader else options.make_offloader(_device_of(groups)),
-                advance_on_step,
-                held_back,
-                options.master_weights,
-                weights_dtype,
-                options.max_group_numel,
-                options.scale,
-                partition,
-            )
-            engines.append(engine)
-    except BaseException:
-        for engine in engines:
-            engine.close()
-        for p in held_back:
-            p.requires_grad_(True)
-        raise
-    return engines
-
-
-def _device_of(groups: Sequence[LayerGroup]) -> torch.device:
-    return next(p.device for group in groups for p in group.parameters.values())
 
 
 class OptimizerGroups(NamedTuple):
@@ -124,7 +53,7 @@ def find_groups(
     units, always_active = (
         [patterns] if isinstance(patterns, str) else patterns for patterns in (options.units, options.always_active)
     )
-    held_back = _select_frozen(model, options.frozen)
+    held_back = select_frozen(model, options.frozen)
     for p in held_back:
         p.requires_grad_(False)
     try:
@@ -167,7 +96,8 @@ def _split(unit: LayerUnit, policy: SelectionPolicy) -> list[LayerUnit]:
     return parts
 
 
-def _select_frozen(model: nn.Module, frozen: Sequence[str] | str | None) -> list[nn.Parameter]:
+def select_frozen(model: nn.Module, frozen: Sequence[str] | str | None) -> list[nn.Parameter]:
+    """Parameters that match the patterns of what must not train."""
     frozen = [frozen] if isinstance(frozen, str) else frozen
     return list(select_parameters(model, frozen).values()) if frozen else []
 
