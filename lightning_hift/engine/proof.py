@@ -44,21 +44,13 @@ class FirstSweepProof:
         self._before: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         self._moved: dict[nn.Parameter, Tensor] = {}
         self._unvisited = set(range(num_groups))
-        self._proven: set[nn.Parameter] = set()  # known to have moved
-        self._sweep_ended = False
         self._over = False
         self.is_complete = False
         """Whether all groups have had a turn, and the sweep of the last one is over."""
 
     def count_step(self, groups: Iterable[int], ends_sweep: bool) -> None:
-        """A step of these groups begins; the first one after the proof is complete ends it.
-
-        Where it takes several sweeps, waits for the device once after each, to leave alone what is known to have moved.
-        """
+        """A step of these groups begins; the first one after the proof is complete ends it."""
         self._over = self.is_complete
-        if self._sweep_ended and not self._over:
-            self._proven.update(p for p, moved in self._moved.items() if moved.item())
-        self._sweep_ended = ends_sweep
         self._unvisited.difference_update(groups)
         self.is_complete |= ends_sweep and not self._unvisited
 
@@ -66,7 +58,7 @@ class FirstSweepProof:
         """Note which of the pieces have a gradient, and their checksums."""
         for piece in () if self._over else pieces:
             self._stepped.add(piece.parameter)
-            if piece.handle.grad is not None and piece.handle.numel() > 0 and piece.parameter not in self._proven:
+            if piece.handle.grad is not None and piece.handle.numel() > 0:
                 self._with_gradient.add(piece.parameter)
                 self._before.append((piece.parameter, piece.handle, _checksum(piece.handle)))
 
@@ -78,20 +70,21 @@ class FirstSweepProof:
         self._before = []
 
     def report(self, sum_parts: Callable[[Tensor], Tensor]) -> SweepReport:
-        """The result; waits for the device.
+        """The result; waits for the device, once.
 
         Args:
             sum_parts: Of numbers that several processes have found, each about what it steps, makes the sum of all.
         """
-        moved = {p for p, flag in self._moved.items() if flag.item()}
+        flags = torch.stack([*self._moved.values()]).tolist() if self._moved else []
+        moved = {p for p, flag in zip(self._moved, flags, strict=True) if flag}
         seen = (self._stepped, self._with_gradient, moved)
         counts = torch.tensor([[p in each for each in seen] for p in self._parameters.values()], dtype=torch.int32)
-        flags = dict(zip(self._parameters, sum_parts(counts).bool().tolist(), strict=True))
+        found = dict(zip(self._parameters, sum_parts(counts).bool().tolist(), strict=True))
         return SweepReport(
-            len(flags),
-            without_gradient=[n for n, (stepped, with_gradient, _) in flags.items() if stepped and not with_gradient],
-            unchanged=[n for n, (_, with_gradient, moved) in flags.items() if with_gradient and not moved],
-            skipped=[n for n, (stepped, *_) in flags.items() if not stepped],
+            len(found),
+            without_gradient=[n for n, (stepped, with_gradient, _) in found.items() if stepped and not with_gradient],
+            unchanged=[n for n, (_, with_gradient, moved) in found.items() if with_gradient and not moved],
+            skipped=[n for n, (stepped, *_) in found.items() if not stepped],
         )
 
 
