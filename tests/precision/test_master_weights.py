@@ -193,14 +193,12 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        if True:
-            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-            if not is_view and func not in (torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format):
-                read = tree_leaves(args[1:] if func is torch.ops.aten.copy_.default else args)
-                written = args[0] if func is torch.ops.aten._foreach_copy_.default else found
-                moved = [*(args[1] if func is torch.ops.aten._foreach_copy_.default else read), *tree_leaves(written)]
-                self.operations += 1
-                self.nbytes += sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and func is not torch.ops.aten.empty_like.default:
+            is_copy = func in (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
+            read, written = (args[1], args[0]) if is_copy else (args, found)
+            self.operations += 1
+            self.nbytes += sum(t.nbytes for t in tree_leaves([read, written]) if isinstance(t, torch.Tensor))
         return found
 
 
