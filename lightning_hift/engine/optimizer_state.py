@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hift.engine.kept_masters import KeptMasters
+from lightning_hift.engine.kept_state import KeptState
 from lightning_hift.engine.optimizer_twin import bare_twin, twin_of
-from lightning_hift.engine.row_slices import Piece, join_states, split_state
+from lightning_hift.engine.row_slices import Piece, split_state
 from lightning_hift.engine.state_gathering import gather_states
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.step_view import StepView, Turn
@@ -24,12 +26,6 @@ from lightning_hift.offload.sharded_tensors import as_sharded, is_sharded, local
 from lightning_hift.offload.state_tree import State
 from lightning_hift.precision.master_weights import (
     HALF_DTYPES,
-    MASTER,
-    MASTER_KEYS,
-    REMAINDER,
-    adopt_master,
-    join_master,
-    split_master,
     store_masters,
 )
 
@@ -46,35 +42,6 @@ class Collected(NamedTuple):
     state: dict[int, State]
     masters: dict[int, Tensor]
     dtypes: list[str]
-
-
-class KeptState(defaultdict[Any, State]):
-    """``optimizer.state`` between steps: empty to those who go through it, so that nobody moves or casts what is kept.
-
-    Who asks for a parameter's state gets it, to be read, or an empty one. It counts as true: tools of torch take an
-    optimizer without state for one that has to be stepped first. Copies are ordinary.
-
-    Args:
-        others: What is under keys that are no parameters.
-        look_up: The state that is kept for a parameter; ``None`` during a step, when missing state is new.
-    """
-
-    def __init__(self, others: Mapping[Any, State], look_up: Callable[[Any], State | None]) -> None:
-        super().__init__(dict, others)
-        self._look_up = look_up
-
-    def __missing__(self, key: Any) -> State:
-        kept = self._look_up(key) if isinstance(key, nn.Parameter) else None
-        return super().__missing__(key) if kept is None else kept
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __copy__(self) -> defaultdict[Any, State]:  # type: ignore[override]
-        return defaultdict(dict, self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return defaultdict, (dict,), None, None, iter(self.items())
 
 
 class OptimizerState:
@@ -101,6 +68,7 @@ class OptimizerState:
         self._offloader = offloader
         self._pieces: dict[nn.Parameter, list[Piece]] = {}
         self._partition = partition
+        self._masters = KeptMasters(view.master_weights, self._kept)
         self._of_others: dict[nn.Parameter, State] = {}  # by handle, while they are gathered here
         self._starts_empty: bool | None = None
         self._turns = [turn.pieces for turn in turns]
@@ -117,7 +85,7 @@ class OptimizerState:
         state = self._optimizer.state
         existing = {p: state.pop(p) for p in parameters_of(self._optimizer) if p in state}
         states = {
-            piece.handle: split_state(cast_state(values, str(p.dtype), self.dtype_of(p)), piece)
+            piece.handle: split_state(cast_state(values, str(p.dtype), self._masters.dtype_of(p)), piece)
             for p, values in existing.items()
             for piece in self._pieces_of(p)
             if self._partition.owns(piece)
@@ -136,19 +104,19 @@ class OptimizerState:
     def masters(self) -> dict[nn.Parameter, Tensor | None]:
         """Masters or remainders by parameter, as they are saved."""
         self._offloader.drain()
-        return {p: self._saved_master(pieces) for p, pieces in self._pieces.items()}
+        return {p: self._masters.saved(pieces) for p, pieces in self._pieces.items()}
 
     def collect(self) -> Collected:
         """All state that is here as a whole, without copying what is in one piece and on the host."""
         self._offloader.drain()
         owned = dict(enumerate(parameters_of(self._optimizer)))
         here = {i: pieces for i, p in owned.items() if all(map(self._is_here, pieces := self._pieces_of(p)))}
-        state = {i: self._state_of(pieces, self._kept) for i, pieces in here.items()}
-        masters = {i: self._saved_master(pieces, self._kept) for i, pieces in here.items()}
+        state = {i: self._masters.state_without(pieces) for i, pieces in here.items()}
+        masters = {i: self._masters.saved(pieces) for i, pieces in here.items()}
         return Collected(
             {i: values for i, values in state.items() if values},
             {i: master for i, master in masters.items() if master is not None},
-            [str(self.dtype_of(p)) for p in owned.values()],
+            [str(self._masters.dtype_of(p)) for p in owned.values()],
         )
 
     def gather(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None) -> None:
@@ -180,10 +148,10 @@ class OptimizerState:
         total_edited = 0
         ids = [saved_id for group in saved["param_groups"] for saved_id in group["params"]]
         for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
-            state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self.dtype_of(p))
+            state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._masters.dtype_of(p))
             for piece in self._pieces_of(p):
                 # In every process, as it may set the weights.
-                master, num_edited = self._restored_master(piece, masters.get(i))
+                master, num_edited = self._masters.restored(piece, masters.get(i))
                 total_edited += num_edited
                 if self._partition.owns(piece):
                     kept[piece.handle] = split_state(state, piece) | master
@@ -213,7 +181,7 @@ class OptimizerState:
         for options in self._optimizer.param_groups:
             owned = set(options["params"])
             for piece in [piece for piece in turn.own if piece.parameter in owned]:
-                stepped = piece.rows_of(piece.parameter.detach()).to(self.dtype_of(piece.parameter))
+                stepped = piece.rows_of(piece.parameter.detach()).to(self._masters.dtype_of(piece.parameter))
                 alone = nn.Parameter(stepped)
                 state = twin_of(self._optimizer, options, [alone]).state.get(alone, {})
                 new[piece.handle] = {**self._offloader.state_of(piece.handle), **state}
@@ -228,7 +196,7 @@ class OptimizerState:
         twin = bare_twin(self._optimizer)
         for group in twin.param_groups:
             group["params"] = [
-                nn.Parameter(torch.empty((), dtype=self.dtype_of(p)).expand(p.shape), requires_grad=False)
+                nn.Parameter(torch.empty((), dtype=self._masters.dtype_of(p)).expand(p.shape), requires_grad=False)
                 for p in group["params"]
             ]
         twin.load_state_dict(dict(state_dict))
@@ -253,9 +221,9 @@ class OptimizerState:
         self._optimizer.state = defaultdict(dict, self._optimizer.state)
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                if state := self._state_of(self._pieces_of(p)):
+                if state := self._masters.state_without(self._pieces_of(p)):
                     if to_device:
-                        state = cast_state(state, str(self.dtype_of(p)), p.dtype)
+                        state = cast_state(state, str(self._masters.dtype_of(p)), p.dtype)
                         stays = _keys_on_host(group)
                         moves = [k for k, v in state.items() if isinstance(v, Tensor) and k not in stays]
                         state |= {k: as_sharded(local_part(state[k], p).to(p.device), p) for k in moves}
@@ -266,7 +234,7 @@ class OptimizerState:
         if self._view.is_shown:
             return None
         self._offloader.drain()
-        return self._state_of(self._pieces_of(p))
+        return self._masters.state_without(self._pieces_of(p))
 
     def _kept(self, handle: nn.Parameter) -> State:
         return self._of_others[handle] if handle in self._of_others else self._offloader.state_of(handle)
@@ -284,8 +252,6 @@ class OptimizerState:
             keys = _keys_on_host(saved)
             stays |= {piece.handle: keys for p in group["params"] for piece in self._pieces_of(p)}
         self._offloader.put({handle: state for handle, state in states.items() if handle in stays}, stays)
-
-    # --- master weights -----------------------------------------------------------------------------------------------
 
     def make_masters(
         self, dtype: torch.dtype | None = None, known: Mapping[nn.Parameter, Tensor | None] | None = None
@@ -321,58 +287,11 @@ class OptimizerState:
             if (dtype or p.dtype) in HALF_DTYPES and self._partition.owns(piece):
                 saved = known.get(p) if p.dtype in HALF_DTYPES else None
                 if saved is None:
-                    master = self._packed(piece.rows_of(p.detach()).float())
+                    master = self._masters.packed(piece.rows_of(p.detach()).float())
                 else:
-                    master, _ = self._restored_master(piece, saved)
+                    master, _ = self._masters.restored(piece, saved)
                 states[piece.handle] = {**self._offloader.state_of(piece.handle), **master}
         self._offloader.put(states)
-
-    def dtype_of(self, p: nn.Parameter) -> torch.dtype:
-        """The dtype in which ``p`` is stepped."""
-        return torch.float32 if self._view.master_weights != "none" and p.dtype in HALF_DTYPES else p.dtype
-
-    def _saved_master(
-        self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None
-    ) -> Tensor | None:
-        """What a checkpoint keeps of the master of the parameter of ``pieces``; ``drain`` the offloader first.
-
-        Args:
-            pieces: All pieces of a parameter.
-            kept: What is kept of each, by its handle; default: what the offloader has.
-        """
-        kept = kept or self._offloader.state_of
-        states = [{k: v for k, v in kept(piece.handle).items() if k in MASTER_KEYS} for piece in pieces]
-        return next(iter(join_states(states, pieces).values()), None)
-
-    def _state_of(self, pieces: Sequence[Piece], kept: Callable[[nn.Parameter], State] | None = None) -> State:
-        """The optimizer's own state of the parameter of ``pieces``; see ``_saved_master``."""
-        states = [(kept or self._offloader.state_of)(piece.handle) for piece in pieces]
-        return join_states([{k: v for k, v in state.items() if k not in MASTER_KEYS} for state in states], pieces)
-
-    def _restored_master(self, piece: Piece, saved: Tensor | None) -> tuple[State, int]:
-        """What to keep beside the state of ``piece``, from a checkpoint's float32 master, remainder, or neither.
-
-        And how many of its weights are not those of that master.
-
-        In a precision that is not the checkpoint's, its weights are rounded anew from their masters. For that they must
-        have been loaded already; in the same precision, by the next step at the latest.
-        """
-        p = piece.parameter
-        weight = piece.rows_of(p.detach())
-        keeps_masters = self._view.master_weights != "none" and p.dtype in HALF_DTYPES
-        if saved is None:
-            return (self._packed(weight.float()) if keeps_masters else {}), 0
-        saved = piece.rows_of(saved)
-        if saved.dtype == torch.int16:
-            if keeps_masters and p.dtype == torch.bfloat16:
-                return {REMAINDER: saved}, 0  # until the first step: its weights may still have to be loaded
-            saved = join_master(weight.cpu().bfloat16(), saved)
-        adopts = keeps_masters or p.dtype == torch.float32
-        num_edited = adopt_master(weight, saved) if adopts else 0
-        return (self._packed(saved) if keeps_masters else {}), num_edited
-
-    def _packed(self, master: Tensor) -> State:
-        return {MASTER: master} if self._view.master_weights == "full" else {REMAINDER: split_master(master)[1]}
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
