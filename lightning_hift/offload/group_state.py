@@ -53,16 +53,16 @@ class Contents:
         self._note()
 
     def _note(self) -> None:
-        self._seen = {owner: dict(state) for owner, state in self.states.items()}
+        self._forms = {owner: {key: _form(v) for key, v in state.items()} for owner, state in self.states.items()}
         self.nbytes = sum(tensor.nbytes for label, tensor in self.tensors.items() if label not in self.on_host)
         """Of the tensors that move."""
 
     def is_same(self, states: Mapping[Owner, State]) -> bool:
         """Whether ``states`` are these, with the same tensors in them, whatever their values are."""
-        return len(states) == len(self._seen) and all(
-            seen.keys() == (state := states.get(owner, {})).keys()
-            and all(v is state[k] and (type(v) is Tensor or isinstance(v, _CONSTANTS)) for k, v in seen.items())
-            for owner, seen in self._seen.items()
+        return len(states) == len(self._forms) and all(
+            forms.keys() == (state := states.get(owner, {})).keys()
+            and all(form is not None and form == _form(state[key]) for key, form in forms.items())
+            for owner, forms in self._forms.items()
         )
 
     def moved(self, tensors: Mapping[Label, Tensor]) -> Contents:
@@ -75,6 +75,13 @@ class Contents:
         }
         twin._note()
         return twin
+
+
+def _form(value: Any) -> tuple[Any, ...] | None:
+    """What is the same as long as a value is; ``None`` if it has to be taken apart to see that."""
+    if type(value) is Tensor:
+        return id(value), value.data_ptr(), value.shape
+    return (type(value), value) if isinstance(value, _CONSTANTS) else None
 
 
 class Place(NamedTuple):

@@ -135,14 +135,15 @@ def test_what_is_new_or_has_another_shape_is_kept():
     step(lambda s: s.update({q: {"m": torch.full((2, 2), 2.0)}}))
     step(lambda s: s[p].update(m=torch.full((4,), 3.0), later=torch.arange(2), count=1))
     step(lambda s: s[p].update(count=s[p]["count"] + 1))
+    step(lambda s: setattr(s[p]["m"], "data", torch.full((6,), 4.0)))
     step(lambda s: s[q].pop("m"))
     found = offloader.state_of(p)
-    assert found["m"].tolist() == [3] * 4
+    assert found["m"].tolist() == [4] * 6
     assert found["later"].tolist() == [0, 1]
     assert found["count"] == 2
     assert found["hift_master"].data_ptr() == master  # the places of others stay
     assert offloader.state_of(q) == {}
-    assert offloader.host_bytes == 16 + 16 + 12
+    assert offloader.host_bytes == 24 + 16 + 12
 
 
 def test_a_larger_slot_is_made_only_when_what_lies_outside_has_left():
