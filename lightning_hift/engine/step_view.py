@@ -124,8 +124,7 @@ class StepView:
             for piece in turn.own:
                 if not piece.is_whole:
                     self._put_in_place(piece)
-            if id(turn.state) not in self._raised:
-                self._raise(turn, turn.own, to_step)
+            self._raise(turn, turn.own, to_step)
         pieces = [piece for turn in self._turns for piece in turn.own]
         for piece in pieces:
             state = dict(states.get(piece.handle, {}))

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from lightning_hift import HiFTStrategy, StateOffloader
-from lightning_hift.engine.row_slices import cut_into_turns, steps_element_wise
+from lightning_hift.engine.optimizer_state import OptimizerState
+from lightning_hift.engine.row_slices import Piece, cut_into_turns, steps_element_wise
+from lightning_hift.engine.state_partition import UndividedState
+from lightning_hift.engine.step_view import StepView, Turn
+from lightning_hift.precision.master_weights import split_master
 from tests.lagging import LaggingDevice
 from tests.matrices import crossed
 from tests.models import (
@@ -216,3 +220,27 @@ def test_sparse_gradients_are_refused():
     model(tokens(1)[0]).sum().backward()
     with pytest.raises(RuntimeError, match="sparse gradient, which cannot be cut into rows"):
         engine.optimizer.step()
+
+
+@pytest.mark.parametrize("master_weights", ["split", "full"])
+def test_masters_of_a_turn_of_slices_and_whole_parameters(master_weights):
+    """As with sharded parameters beside one that is not: the whole one may be raised before the step, to be clipped."""
+    whole, sliced = (nn.Parameter(torch.randn(4, 3).bfloat16()) for _ in range(2))
+    optimizer = torch.optim.SGD([whole, sliced], lr=1.0)
+    offloader = StateOffloader("cpu")
+    pieces = [Piece(whole, whole), Piece(sliced, nn.Parameter(torch.empty(0).bfloat16(), requires_grad=False), 0, 4)]
+    turn = Turn(0, pieces, pieces, offloader.add([piece.handle for piece in pieces]))
+    view = StepView(optimizer, offloader, master_weights)
+    state = OptimizerState(optimizer, view, offloader, [turn], UndividedState())
+    state.make_masters()
+    for p in (whole, sliced):
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in (whole, sliced)]
+    view.prepare(turn)
+    view.show([turn])
+    assert [piece.handle.dtype for piece in pieces] == [torch.float32] * 2
+    optimizer.step()
+    view.hide()
+    view.lower_gradients()
+    for p, old in zip((whole, sliced), before, strict=True):
+        assert torch.equal(p.detach(), split_master(old.float() - 1)[0])
