@@ -40,7 +40,7 @@ from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.run_length import run_length
-from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_single_steps
+from lightning_hift.plugin.run_words import summarize_run, warn_about_length
 from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
@@ -273,11 +273,9 @@ class HiFTCallback(Callback):
         self.attach(trainer)
         assert self._rates is not None
         self._rates.find_length()
-        total = self._rates.total_steps
         if not cast(Any, trainer).fast_dev_run:
-            warn_about_length(self._engines, total, self.options, self.grouping)
-        if self.hold_lr == "once":
-            warn_about_single_steps(trainer, self._engines, total)
+            warn_about_length(self._engines, self._rates.total_steps, self.options, self.turns)
+        self._rates.warn_about_single_steps()
         rank_zero_info(self.summary(pl_module))
         refuse_reentrant_modules(pl_module)
         nbytes = getattr(trainer.strategy, "activation_budget", None)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.lr_forecast import SPANS_RUN
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, is_held
 from lightning_hift.plugin.run_length import run_length
 
@@ -59,6 +61,20 @@ class HeldRates:
                 self._expect(config)
                 if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
                     cast(Any, config.scheduler).refuse_waste()
+
+    def warn_about_single_steps(self) -> None:
+        """Warn of schedules of which ``hold_lr="once"`` leaves out most."""
+        for config in self._trainer.strategy.lr_scheduler_configs if self._hold_lr == "once" else ():
+            spans_run = getattr(config.scheduler, SPANS_RUN, False)
+            if not is_held(config.scheduler) or config.interval != "step" or spans_run:
+                continue
+            length, total = cast(HiFTEngine, self._owner_of(config)).policy.steps_per_sweep, self.total_steps
+            if length > 1:
+                rank_zero_warn(
+                    f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so"
+                    f" {config.scheduler.__class__.__name__} will get about {total / length:.0f} of the {total:g} steps"
+                    " it would get without HiFT. Size the schedule in sweeps, or use hold_lr='replay'."
+                )
 
     def flush(self, flush: Callable[[SweepLR], None]) -> None:
         """Call ``flush`` of each scheduler that is in use."""

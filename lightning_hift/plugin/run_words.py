@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_hift.engine.engine import HiFTEngine
-from lightning_hift.engine.lr_forecast import SPANS_RUN
 from lightning_hift.engine.options import HiFTOptions
-from lightning_hift.engine.sweep_lr import is_held
 from lightning_hift.groups.report import describe_groups
+from lightning_hift.groups.turns import Turns
 
 _FEW_SWEEPS = 3
 
@@ -51,14 +48,14 @@ def _sweeps_in_run(engine: HiFTEngine, total_steps: float) -> str:
     return f"; {total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
 
 
-def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: HiFTOptions) -> None:
+def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: Turns) -> None:
     """Warn where a run is too short for its layer groups to take turns.
 
     Args:
         engines: One for each optimizer.
         total: Optimizer steps of the run.
         asked: What the user has asked for.
-        chosen: What came of it.
+        chosen: How groups take turns.
     """
     asks_for_turns = asked.policy is None and bool(asked.group_size or asked.steps_per_group)
     for engine in engines:
@@ -70,25 +67,8 @@ def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOp
                 f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
             )
         elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
-            steps = getattr(engine.policy, "steps_per_group", None)
             rank_zero_warn(
                 f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
                 f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={chosen.group_size!r} and"
-                f" steps_per_group={steps}. Leave them out to have them chosen by the length."
-            )
-
-
-def warn_about_single_steps(trainer: pl.Trainer, engines: Sequence[HiFTEngine], total: float) -> None:
-    """Warn of schedules of which ``hold_lr="once"`` leaves out most; arguments as in ``warn_about_length``."""
-    for config in trainer.strategy.lr_scheduler_configs:
-        spans_run = getattr(config.scheduler, SPANS_RUN, False)
-        if not is_held(config.scheduler) or config.interval != "step" or spans_run:
-            continue
-        owners = [engine for engine in engines if engine.optimizer is cast(Any, config.scheduler).optimizer]
-        length, name = owners[0].policy.steps_per_sweep, config.scheduler.__class__.__name__
-        if length > 1:
-            rank_zero_warn(
-                f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so {name}"
-                f" will get about {total / length:.0f} of the {total:g} steps it would get without HiFT."
-                " Size the schedule in sweeps, or use hold_lr='replay'."
+                f" steps_per_group={chosen.steps_per_group}. Leave them out to have them chosen by the length."
             )
