@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_hift.benchmark.run_meter import RunMeter, Seconds, state_bytes_on_device
+from lightning_hift.benchmark.run_meter import Reading, RunMeter, state_bytes_on_device
 from lightning_hift.planner.allocations import AllocationTracker
 from lightning_hift.planner.memory import process_memory
 from lightning_hift.plugin.callback import find_callback
@@ -47,8 +47,8 @@ class RunMeasures(RunMeter):
         self.path = Path(path)
         self.memory = memory
         self._tokens: int | Tensor = 0
-        self._losses: list[tuple[int, Seconds, Tensor]] = []
-        self._points: list[dict[str, Any]] = []
+        self._losses: list[tuple[int, Reading, Tensor]] = []
+        self._points: list[tuple[Reading, dict[str, Any]]] = []  # of the curve
         self._rate = 0.0
         self._exposed_ms = 0.0
         self._host_state = 0
@@ -129,9 +129,9 @@ class RunMeasures(RunMeter):
         super().on_train_end(trainer, pl_module)
         if trainer.enable_validation and self._validated_at != self.steps:
             self._validate(trainer)
-        last = self._point(trainer)
-        points = [*(point for point in self._points if point["step"] < last["step"]), last]
-        self.path.write_text(json.dumps({**self._summary(trainer, pl_module, last), "curve": points}) + "\n")
+        before = [(reading, point) for reading, point in self._points if point["step"] < self.steps]
+        curve = [{**point, **self._rounded(reading)} for reading, point in (*before, self._point(trainer))]
+        self.path.write_text(json.dumps({**self._summary(trainer, pl_module, curve[-1]), "curve": curve}) + "\n")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -161,18 +161,15 @@ class RunMeasures(RunMeter):
     def _note_loss(self, trainer: pl.Trainer, outputs: STEP_OUTPUT) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses.append((trainer.global_step, self.elapsed, loss.detach().float()))
+            self._losses.append((trainer.global_step, self.reading, loss.detach().float()))
 
-    def _point(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _point(self, trainer: pl.Trainer) -> tuple[Reading, dict[str, Any]]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-        seconds = self.elapsed
-        return {
-            "step": self.steps,
-            "tokens": int(self._tokens),
-            "seconds": round(seconds.wall, 3),
-            "cpu_seconds": round(seconds.cpu, 3),
-            **metrics,
-        }
+        return self.reading, {"step": self.steps, "tokens": int(self._tokens), **metrics}
+
+    def _rounded(self, reading: Reading) -> dict[str, float]:
+        wall, cpu = self.seconds(reading)
+        return {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
 
     def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, last: dict[str, Any]) -> dict[str, Any]:
         steps = max(1, self.steps)
@@ -195,8 +192,21 @@ class RunMeasures(RunMeter):
             "exposed_ms_per_step": self._exposed_ms / steps,
             "host_peak": process_memory("VmHWM"),
             **self._memory(),
-            "losses": _thinned(self._losses),
+            "losses": self._loss_curve(),
         }
+
+    def _loss_curve(self) -> list[dict[str, float]]:
+        """Step, seconds and mean loss of stretches of equal length."""
+        length = max(1, -(-len(self._losses) // _MOST_POINTS))
+        stretches = [self._losses[i : i + length] for i in range(0, len(self._losses), length)]
+        return [
+            {
+                "step": stretch[-1][0],
+                **self._rounded(stretch[-1][1]),
+                "loss": round(float(torch.stack([loss for *_, loss in stretch]).mean()), 5),
+            }
+            for stretch in stretches
+        ]
 
     def _memory(self) -> dict[str, Any]:
         if not self._by_group:
@@ -221,18 +231,3 @@ def _weight_bytes(module: pl.LightningModule) -> int:
 
 def _gradient_bytes(module: pl.LightningModule) -> int:
     return sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
-
-
-def _thinned(losses: list[tuple[int, Seconds, Tensor]]) -> list[dict[str, float]]:
-    """Step, seconds and mean loss of stretches of equal length."""
-    length = -(-len(losses) // _MOST_POINTS)
-    stretches = [losses[i : i + length] for i in range(0, len(losses), max(1, length))]
-    return [
-        {
-            "step": stretch[-1][0],
-            "seconds": round(stretch[-1][1].wall, 3),
-            "cpu_seconds": round(stretch[-1][1].cpu, 3),
-            "loss": round(float(torch.stack([loss for *_, loss in stretch]).mean()), 5),
-        }
-        for stretch in stretches
-    ]

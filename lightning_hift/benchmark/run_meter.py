@@ -27,6 +27,13 @@ class Seconds(NamedTuple):
         return Seconds(self.wall + times * other.wall, self.cpu + times * other.cpu)
 
 
+class Reading(NamedTuple):
+    """Of the clock, with the number of batches during which it stood still."""
+
+    timed: Seconds
+    untimed_batches: int
+
+
 class RunMeter(Callback):
     """Measures a training run. Seconds are those between the first batch and the last one, without validation."""
 
@@ -43,11 +50,16 @@ class RunMeter(Callback):
         self._untimed_batches = 0
 
     @property
-    def elapsed(self) -> Seconds:
-        """Training so far. A batch during which the clock stood still counts as much as the others on average."""
+    def reading(self) -> Reading:
+        """What the clock says now."""
         running = Seconds() if self._since is None else _now().plus(self._since, -1)
-        timed = self._timed.plus(running)
-        return timed.plus(timed, self._untimed_batches / max(1, self._timed_batches))
+        return Reading(self._timed.plus(running), self._untimed_batches)
+
+    def seconds(self, reading: Reading) -> Seconds:
+        """Training until ``reading``. A batch during which the clock stood still counts as much as the others of the
+        run on average, so that what was read later is never less."""
+        missing = reading.untimed_batches / max(1, self._timed_batches)
+        return reading.timed.plus(self.reading.timed, missing)
 
     @property
     def batches(self) -> int:

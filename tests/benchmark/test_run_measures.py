@@ -186,5 +186,14 @@ def test_memory_is_looked_at_on_demand_only(tmp_path):
 def test_batches_without_a_clock_count_as_much_as_the_others():
     meter = RunMeter()
     meter._timed, meter._timed_batches, meter._untimed_batches = Seconds(6.0, 3.0), 4, 2
-    assert meter.elapsed == Seconds(9.0, 4.5)
+    assert meter.seconds(meter.reading) == Seconds(9.0, 4.5)
     assert meter.batches == 6
+
+
+def test_time_never_goes_back_when_later_batches_are_faster():
+    meter = RunMeter()
+    meter._timed, meter._timed_batches, meter._untimed_batches = Seconds(8.0, 8.0), 1, 9
+    early = meter.reading
+    meter._timed, meter._timed_batches = Seconds(9.0, 9.0), 9
+    assert meter.seconds(early) == Seconds(17.0, 17.0)
+    assert meter.seconds(meter.reading) == Seconds(18.0, 18.0)
