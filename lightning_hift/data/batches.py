@@ -91,6 +91,10 @@ class ShuffledExamples:
             )
         self._position = state_dict["position"]
 
+    def step_back(self) -> None:
+        """Give the last batch once more, as training was interrupted while it was under way."""
+        self._position -= 1
+
     def _shuffle(self, number: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(stable_hash(f"{self._seed}/{number}"))
         order = torch.randperm(len(self._examples), generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_hift.engine.random_state import get_random_state, set_random_state
+from lightning_hift.engine.random_state import RandomState
 
 _BACKWARD = (
     "MeZO takes no gradients, but its closure runs a backward pass. Let it return the loss of a forward pass alone."
@@ -87,14 +87,14 @@ class MeZO(Optimizer):
                 " 'bf16-mixed'."
             )
         moving = list(self._moving())
-        random_state = get_random_state()
+        random_state = RandomState.capture()
         losses: list[Any] = []
         place = 0
         try:
             for side in (1, -1):
                 _move(moving, side - place)
                 place = side
-                set_random_state(random_state)
+                random_state.restore()
                 losses.append(_loss_of(closure, moving))
         finally:
             _move(moving, -place)

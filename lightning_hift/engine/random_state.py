@@ -1,21 +1,74 @@
-"""The state of torch's random numbers, so that a resumed run draws the dropout of one that was never interrupted."""
+"""The state of random numbers, so that a resumed run draws what one that was never interrupted would have drawn."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def get_random_state() -> dict[str, Tensor]:
-    """Of the CPU and of the current GPU, if this process has one in use; integer tensors on the CPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+class RandomState(NamedTuple):
+    """Of torch on the CPU and on the current GPU, of NumPy's global functions, of ``random``, and of some generators.
 
+    Taking it is cheap; what it holds becomes tensors when it is saved.
+    """
 
-def set_random_state(states: dict[str, Tensor]) -> None:
-    """Go on from what ``get_random_state`` returned; the state of a GPU that is not in use is left out."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.set_rng_state(states["cuda"].cpu())
+    cpu: Tensor
+    cuda: Tensor | None  # if this process has a GPU in use
+    numpy: Any
+    python: Any
+    generators: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def capture(cls, generators: Iterable[torch.Generator] = ()) -> RandomState:
+        """The state now, with that of ``generators``."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        return cls(
+            torch.get_rng_state(),
+            cuda,
+            np.random.get_state(),
+            random.getstate(),
+            tuple(generator.get_state() for generator in generators),
+        )
+
+    def restore(self, generators: Iterable[torch.Generator] = ()) -> None:
+        """Go on from this state; that of a GPU that is not in use is left out."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.set_rng_state(self.cuda)
+        if self.numpy is not None:
+            np.random.set_state(self.numpy)
+        if self.python is not None:
+            random.setstate(self.python)
+        for generator, state in zip(generators, self.generators, strict=False):
+            generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """In tensors on the CPU, which ``torch.load(weights_only=True)`` opens."""
+        states = {"cpu": self.cpu, **{f"generator.{i}": state for i, state in enumerate(self.generators)}}
+        if self.cuda is not None:
+            states["cuda"] = self.cuda
+        if isinstance(self.numpy, tuple):  # it is not where the user has put another bit generator in
+            _, key, *rest = self.numpy
+            states["numpy"] = torch.tensor([*key.tolist(), *rest], dtype=torch.float64)
+        version, key, gauss = self.python
+        states["python"] = torch.tensor([version, *key, float("nan") if gauss is None else gauss], dtype=torch.float64)
+        return states
+
+    @classmethod
+    def from_state_dict(cls, states: Mapping[str, Tensor]) -> RandomState:
+        """Of what ``state_dict`` returned, whole or in part."""
+        states = {name: state.cpu() for name, state in states.items()}
+        numpy = python = None
+        if "numpy" in states:
+            *key, position, has_gauss, gauss = states["numpy"].tolist()
+            numpy = ("MT19937", np.array(key, dtype=np.uint32), int(position), int(has_gauss), gauss)
+        if "python" in states:
+            version, *key, gauss = states["python"].tolist()
+            python = (int(version), tuple(map(int, key)), None if gauss != gauss else gauss)
+        generators = [state for name, state in states.items() if name.startswith("generator.")]
+        return cls(states["cpu"], states.get("cuda"), numpy, python, tuple(generators))

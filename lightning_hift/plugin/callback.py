@@ -29,7 +29,6 @@ from lightning_hift.engine.lr_scale import LRScale
 from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
-from lightning_hift.engine.random_state import get_random_state, set_random_state
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.schedule import Order
@@ -39,6 +38,7 @@ from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
+from lightning_hift.plugin.resumable_loops import ResumableEpochLoop, RunPosition, make_loops_resumable
 from lightning_hift.plugin.run_length import run_length
 from lightning_hift.plugin.run_words import summarize_run, warn_about_length
 from lightning_hift.plugin.step_values import StepValues
@@ -122,7 +122,7 @@ class HiFTCallback(Callback):
         self._engines: list[HiFTEngine] = []
         self._running = False
         self._rates: HeldRates | None = None
-        self._random_state: dict[str, Tensor] | None = None  # of a checkpoint, until the first batch
+        self._loop: ResumableEpochLoop | None = None
         self._backward_ran = False
         self._values = StepValues()
         self._backwards_without_step = 0
@@ -193,15 +193,21 @@ class HiFTCallback(Callback):
             )
         self._engines = []
         self._running = False
-        self._random_state = self._turns_on_load = None
+        self._turns_on_load = None
+        self._loop = make_loops_resumable(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"random_state": get_random_state(), "turns": list(self.turns)}
+        position = {} if self._loop is None else {"position": self._loop.position().state_dict()}
+        return {"turns": list(self.turns), **position}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_state = state_dict.get("random_state")
+        position = state_dict.get("position")
+        if "random_state" in state_dict:  # of an older checkpoint
+            position = {"random_states": [[state_dict["random_state"], None, None]]}
+        if self._loop is not None and position is not None:
+            self._loop.resumed = RunPosition.from_state_dict(position, self._loop.trainer.global_rank)
         self._turns_on_load = Turns(*state_dict.get("turns", ()))
 
     @override
@@ -288,9 +294,6 @@ class HiFTCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._random_state is not None:  # not before, as whatever happens at the start of a run may draw
-            set_random_state(self._random_state)
-            self._random_state = None
         for engine in self._engines:
             engine.activate()
         if self._budget is not None:
@@ -407,7 +410,7 @@ class HiFTCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback for another run: engines belong to the optimizers of this one.
-        return {**vars(self), "_engines": [], "_running": False, "_rates": None, "_budget": None}
+        return {**vars(self), "_engines": [], "_running": False, "_rates": None, "_budget": None, "_loop": None}
 
     def _close(self) -> None:
         if self._budget is not None:
