@@ -21,8 +21,13 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_ONLY = {"torch", "lightning_hift"}
-# Imported where they are used, for those who have them: to draw a plan, and to plan a network of transformers.
-OPTIONAL = {("planner.plot", "matplotlib"), ("planner.made_up_batch", "transformers")}
+# Imported where they are used, for those who have them: to draw a plan, to plan a network of transformers, and to go on
+# with NumPy's random numbers.
+OPTIONAL = {
+    ("planner.plot", "matplotlib"),
+    ("planner.made_up_batch", "transformers"),
+    ("engine.random_state", "numpy"),
+}
 
 
 def files():

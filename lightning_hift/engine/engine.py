@@ -329,6 +329,10 @@ class HiFTEngine:
             if self._proof is not None:
                 self._proof.count_step([group.index for group in self._active_groups], self.at_sweep_start)
 
+    def settle_step(self) -> None:
+        """Let the step that was announced last stay counted though it may not have been made: its batch is over."""
+        self._step_announced = False
+
     def check_gradients(self) -> None:
         """Refuse to step groups that the backward pass did not reach.
 
@@ -477,7 +481,8 @@ class HiFTEngine:
 
     def _position(self) -> dict[str, Any]:
         learned = self.policy.state_dict()
-        return {"step": self.step, **({"learned": learned} if learned else {})}
+        is_under_way = self._step_announced and self._step_counted  # and would be made again
+        return {"step": self.step - is_under_way, **({"learned": learned} if learned else {})}
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
         self.step = position.get("step", 0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +19,19 @@ class RandomState(NamedTuple):
 
     cpu: Tensor
     cuda: Tensor | None  # if this process has a GPU in use
-    numpy: Any
-    python: Any
+    numpy: Any = None  # if this process has imported it
+    python: Any = None
     generators: tuple[Tensor, ...] = ()
 
     @classmethod
     def capture(cls, generators: Iterable[torch.Generator] = ()) -> RandomState:
         """The state now, with that of ``generators``."""
+        numpy: Any = sys.modules.get("numpy")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         return cls(
             torch.get_rng_state(),
             cuda,
-            np.random.get_state(),
+            None if numpy is None else numpy.random.get_state(),
             random.getstate(),
             tuple(generator.get_state() for generator in generators),
         )
@@ -41,7 +42,9 @@ class RandomState(NamedTuple):
         if self.cuda is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.set_rng_state(self.cuda)
         if self.numpy is not None:
-            np.random.set_state(self.numpy)
+            import numpy
+
+            numpy.random.set_state(self.numpy)
         if self.python is not None:
             random.setstate(self.python)
         for generator, state in zip(generators, self.generators, strict=False):
@@ -66,7 +69,7 @@ class RandomState(NamedTuple):
         numpy = python = None
         if "numpy" in states:
             *key, position, has_gauss, gauss = states["numpy"].tolist()
-            numpy = ("MT19937", np.array(key, dtype=np.uint32), int(position), int(has_gauss), gauss)
+            numpy = ("MT19937", list(map(int, key)), int(position), int(has_gauss), gauss)
         if "python" in states:
             version, *key, gauss = states["python"].tolist()
             python = (int(version), tuple(map(int, key)), None if gauss != gauss else gauss)

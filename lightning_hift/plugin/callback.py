@@ -38,8 +38,9 @@ from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
-from lightning_hift.plugin.resumable_loops import ResumableEpochLoop, RunPosition, make_loops_resumable
+from lightning_hift.plugin.resumable_loops import ResumableEpochLoop, make_loops_resumable
 from lightning_hift.plugin.run_length import run_length
+from lightning_hift.plugin.run_position import RunPosition
 from lightning_hift.plugin.run_words import summarize_run, warn_about_length
 from lightning_hift.plugin.step_values import StepValues
 
@@ -205,7 +206,7 @@ class HiFTCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         position = state_dict.get("position")
         if "random_state" in state_dict:  # of an older checkpoint
-            position = {"random_states": [[state_dict["random_state"], None, None]]}
+            position = {"random_states": [[state_dict["random_state"], None, None, None]]}
         if self._loop is not None and position is not None:
             self._loop.resumed = RunPosition.from_state_dict(position, self._loop.trainer.global_rank)
         self._turns_on_load = Turns(*state_dict.get("turns", ()))
@@ -354,6 +355,7 @@ class HiFTCallback(Callback):
         assert self._rates is not None
         self._rates.flush(SweepLR.flush)
         for engine in self._engines:
+            engine.settle_step()
             if (report := engine.first_sweep_report()) is not None:
                 first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
                 (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))

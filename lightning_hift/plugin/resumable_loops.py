@@ -1,88 +1,29 @@
 """The Trainer's loops of training, so that a resumed run is the one that was never interrupted, bit for bit.
 
 A checkpoint of Lightning does not say where in its training data a run was: it holds the states of loaders that have
-one, and forgets them at the end of an epoch; a ``DataLoader`` has none. Lightning has no hook where a loader is iterated
-and none between the last ``on_train_start`` and the first batch, so these two classes take the place of its own. In a
-run that does not resume they only take notes.
+one, and forgets them at the end of an epoch; a ``DataLoader`` has none. There is no hook where a loader is iterated,
+and none between the last ``on_train_start`` and the first batch, so these classes take the place of Lightning's own. In
+a run that does not resume they only take notes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_hift.engine.random_state import RandomState
-
-
-class RunPosition(NamedTuple):
-    """Where a run goes on.
-
-    Args:
-        now: The random numbers with which it does.
-        pass_start: Those with which the loader was iterated, for the pass through the data that is under way.
-        first_fetch: Those with which its first batch was fetched.
-        batches: How many batches of that pass are done.
-        is_over: Whether these were all.
-        is_midway: Whether another one was under way; it will be trained on again.
-        has_stepped: Whether the optimizer's step of that one had been made.
-        ends_batch: Whether what follows a batch was still to come: validation, schedulers that wait for a metric.
-        is_validated: Whether only the validation of it had been done.
-        ends_epoch: Whether what follows the last batch of an epoch was still to come.
-        metrics: What was logged last, for schedulers that wait for a metric.
-    """
-
-    now: RandomState
-    pass_start: RandomState | None = None
-    first_fetch: RandomState | None = None
-    batches: int = 0
-    is_over: bool = False
-    is_midway: bool = False
-    has_stepped: bool = False
-    ends_batch: bool = False
-    is_validated: bool = False
-    ends_epoch: bool = False
-    metrics: Mapping[str, Tensor] = MappingProxyType({})
-
-    def state_dict(self) -> dict[str, Any]:
-        """In tensors and numbers, with the random numbers of all processes. All of them call it together."""
-        own = [None if state is None else state.state_dict() for state in self[:3]]
-        everyones = [own]
-        if dist.is_available() and dist.is_initialized():
-            everyones = [own] * dist.get_world_size()
-            dist.all_gather_object(everyones, own)
-        return {**dict(zip(self._fields[3:], self[3:], strict=True)), "random_states": everyones}
-
-    @classmethod
-    def from_state_dict(cls, saved: Mapping[str, Any], rank: int) -> RunPosition:
-        """For the process with number ``rank``; one that had no part in the saved run takes the first one's."""
-        everyones = saved["random_states"]
-        own = everyones[rank if rank < len(everyones) else 0]
-        states = [None if state is None else RandomState.from_state_dict(state) for state in own]
-        return cls(*cast(Any, states), **{name: saved[name] for name in cls._fields[3:] if name in saved})
-
-    @property
-    def is_known(self) -> bool:
-        """Whether more than the random numbers is known, as of a checkpoint that was written in a run."""
-        return self.pass_start is not None
-
-    @property
-    def is_within_epoch(self) -> bool:
-        """Whether the epoch of the last batch goes on."""
-        return not self.is_over or self.ends_batch
+from lightning_hift.plugin.run_position import RunPosition
 
 
 class ResumableFitLoop(_FitLoop):
@@ -95,7 +36,7 @@ class ResumableFitLoop(_FitLoop):
     @override
     def _load_combined_loader_states(self) -> None:
         super()._load_combined_loader_states()
-        self.epoch_loop.begin_pass()  # as the loader is iterated next
+        self.epoch_loop.begin_pass(is_first=True)  # as the loader is iterated next
 
     @override
     def reset(self) -> None:
@@ -103,7 +44,7 @@ class ResumableFitLoop(_FitLoop):
         if resumed is not None and resumed.is_known and self.epoch_progress.current.ready:
             self.restarting = resumed.is_within_epoch
             begun = self.epoch_progress.current.ready
-            _count_as_done(self.epoch_progress, begun - 1 if self.restarting else self.epoch_progress.current.processed)
+            _count_as_done(self.epoch_progress, begun - 1 if self.restarting else _processed(self.epoch_progress))
             if self.restarting:
                 self.epoch_progress.increment_ready()
                 self.epoch_progress.increment_started()
@@ -128,8 +69,10 @@ class ResumableEpochLoop(_TrainingEpochLoop):
     resumed: RunPosition | None = None
     """To be taken up."""
 
+    _is_first_pass = True
     _pass_start: RandomState | None = None
     _first_fetch: RandomState | None = None
+    _last_fetch: RandomState | None = None
     _before_batch: RandomState | None = None
     _before_validation: RandomState | None = None
     _steps_before_batch = 0
@@ -139,7 +82,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
     def position(self) -> RunPosition:
         """Where a run goes on that resumes from what is saved now."""
         batches, validation = self.batch_progress, self.val_loop.batch_progress
-        is_midway = batches.current.ready > batches.current.processed
+        is_midway = batches.current.ready > _processed(batches)
         is_validated = validation.is_last_batch and validation.current.completed == validation.current.ready
         now = None
         if is_midway:
@@ -150,7 +93,9 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             now or self._random_state(),
             self._pass_start,
             self._first_fetch,
-            batches.current.processed,
+            self._last_fetch if is_midway else self._before_batch,
+            self._is_first_pass,
+            _processed(batches),
             batches.is_last_batch and not is_midway,
             is_midway,
             is_midway and self.global_step > self._steps_before_batch,
@@ -160,14 +105,16 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
         )
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, is_first: bool = False) -> None:
         """The loader is iterated next."""
-        self._pass_start, self._first_fetch = self._random_state(), None
+        self._is_first_pass = is_first
+        self._pass_start = self._random_state()
+        self._first_fetch = self._last_fetch = self._before_batch = None
 
     def begin_anew(self, resumed: RunPosition) -> None:
         """Let Lightning find a state that it takes for what it is."""
         if resumed.is_within_epoch:
-            _count_as_done(self.batch_progress, self.batch_progress.current.processed)
+            _count_as_done(self.batch_progress, _processed(self.batch_progress))
         self.val_loop.restarting = self.val_loop._has_run = False
         self._resumed_batch_ends = resumed.ends_batch
         self._skip_next_val = resumed.is_validated
@@ -209,7 +156,8 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         if self._resumed_batch_ends:
             self._resumed_batch_ends, self._ends_batch = False, True
             return
-        self._before_batch, self._steps_before_batch = self._random_state(), self.global_step
+        self._last_fetch, self._before_batch = self._before_batch, self._random_state()
+        self._steps_before_batch = self.global_step
         self._ends_batch = True
         super().advance(data_fetcher)
 
@@ -223,6 +171,8 @@ class ResumableEpochLoop(_TrainingEpochLoop):
     # --- how a position is taken up -----------------------------------------------------------------------------------
 
     def _take_up(self, saved: RunPosition, fetcher: _DataFetcher) -> None:
+        if saved.is_known:
+            self.trainer.fit_loop._restarting = False  # or no scheduler gets the metric of this epoch
         if saved.is_known and not saved.is_over:
             self.restarting = False  # or Lightning takes a validation for granted
             self._warn(saved)
@@ -247,24 +197,30 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             if is_behind:
                 self._iterate(fetcher)
             return
-        if any(isinstance(loader, _Stateful) for loader in loaders) or isinstance(fetcher, _DataLoaderIterDataFetcher):
+        some_have_state = any(isinstance(loader, _Stateful) for loader in loaders)
+        some_start_over = any((sized_len(loader) or saved.batches) < saved.batches for loader in loaders)
+        if some_have_state or some_start_over or isinstance(fetcher, _DataLoaderIterDataFetcher):
             rank_zero_warn(
-                "The run resumes in the middle of an epoch, and its data does not go on where it was: the batches before"
-                f" cannot be passed over in {len(loaders)} loaders of which only some have a state_dict, or in a"
+                "The run resumes in the middle of an epoch, and its data does not go on where it was: batches cannot be"
+                f" passed over in {len(loaders)} loaders of which some have a state_dict or have started over, or in a"
                 " training_step that takes the iterator. Give all loaders a state_dict, or resume from the end of an"
                 " epoch."
             )
             return
         assert saved.pass_start is not None
-        self._loader.reset()
+        if saved.is_first_pass:
+            self._loader.reset()  # of workers that persist
         saved.pass_start.restore(self._generators())
-        self.begin_pass()
+        self.begin_pass(saved.is_first_pass)
         iter(fetcher)
         if saved.first_fetch is not None:
             saved.first_fetch.restore(self._generators())
             self._first_fetch = saved.first_fetch
-        for _ in range(saved.batches):
+        for left in reversed(range(saved.batches)):
+            if left == 0 and saved.last_fetch is not None:
+                saved.last_fetch.restore(self._generators())
             next(fetcher)
+        self._before_batch = saved.last_fetch
 
     def _warn(self, saved: RunPosition) -> None:
         """Of what no checkpoint of Lightning holds."""
@@ -319,6 +275,10 @@ class ResumableEpochLoop(_TrainingEpochLoop):
                 if isinstance(generator, torch.Generator):
                     found[generator] = None
         return list(found)
+
+
+def _processed(progress: Any) -> int:
+    return int(progress.current.processed)
 
 
 def _count_as_done(progress: Any, number: int) -> None:
