@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,19 +20,18 @@ class RandomState(NamedTuple):
 
     cpu: Tensor
     cuda: Tensor | None  # if this process has a GPU in use
-    numpy: Any = None  # if this process has imported it
+    numpy: Any = None  # if this process has imported it, and not put another bit generator in
     python: Any = None
     generators: tuple[Tensor, ...] = ()
 
     @classmethod
     def capture(cls, generators: Iterable[torch.Generator] = ()) -> RandomState:
         """The state now, with that of ``generators``."""
-        numpy: Any = sys.modules.get("numpy")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         return cls(
             torch.get_rng_state(),
             cuda,
-            None if numpy is None else numpy.random.get_state(),
+            _numpy_state(),
             random.getstate(),
             tuple(generator.get_state() for generator in generators),
         )
@@ -55,7 +55,7 @@ class RandomState(NamedTuple):
         states = {"cpu": self.cpu, **{f"generator.{i}": state for i, state in enumerate(self.generators)}}
         if self.cuda is not None:
             states["cuda"] = self.cuda
-        if isinstance(self.numpy, tuple):  # it is not where the user has put another bit generator in
+        if self.numpy is not None:
             _, key, *rest = self.numpy
             states["numpy"] = torch.tensor([*key.tolist(), *rest], dtype=torch.float64)
         version, key, gauss = self.python
@@ -75,3 +75,20 @@ class RandomState(NamedTuple):
             python = (int(version), tuple(map(int, key)), None if gauss != gauss else gauss)
         generators = [state for name, state in states.items() if name.startswith("generator.")]
         return cls(states["cpu"], states.get("cuda"), numpy, python, tuple(generators))
+
+
+_NUMPY_BYTES = 4 * 624 + 4  # of a Mersenne twister: its key and its position
+_numpy_seen: tuple[bytes, Any] = (b"", None)
+
+
+def _numpy_state() -> Any:
+    """NumPy takes 100 times as long for it as torch, so it is asked only when its memory has changed."""
+    global _numpy_seen
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or type(generator := numpy.random.get_bit_generator()).__name__ != "MT19937":
+        return None
+    memory = ctypes.string_at(generator.ctypes.state_address, _NUMPY_BYTES)
+    has_gauss = _numpy_seen[1] is not None and _numpy_seen[1][3]  # which can be drawn and leave the memory as it is
+    if memory != _numpy_seen[0] or has_gauss:
+        _numpy_seen = (memory, numpy.random.get_state())
+    return _numpy_seen[1]

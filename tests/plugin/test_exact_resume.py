@@ -346,3 +346,23 @@ def test_capturing_changes_nothing():
     seed_all(3)
     RandomState.capture()
     assert draw() == expected
+
+
+def test_what_was_captured_is_what_numpy_says_after_any_draw():
+    for draw_one in (np.random.rand, np.random.randn, np.random.randn, np.random.randint, list) * 2:
+        draw_one(*([3] if draw_one is np.random.randint else []))
+        found, expected = RandomState.capture().numpy, np.random.get_state()
+        assert [found[0], *found[1], *found[2:]] == [expected[0], *expected[1], *expected[2:]]
+
+
+def test_another_bit_generator_is_left_alone():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        state = RandomState.capture().state_dict()
+        drawn = np.random.rand()
+        RandomState.from_state_dict(state).restore()
+        assert "numpy" not in state
+        assert np.random.rand() != drawn
+    finally:
+        np.random.set_bit_generator(before)
