@@ -288,13 +288,9 @@ def test_resumes_in_mid_sweep(cut, name, precision, kind, order, tmp_path):
 
     def state_of(run, model, optimizer, scheduler):
         scaler = getattr(run.strategy.precision, "scaler", None)
-        return {
-            "scheduler": scheduler,  # in any order
-            "optimizer": optimizer,
-            "model": model,
-            "random": torch.get_rng_state(),
-            **({} if scaler is None else {"scaler": scaler}),
-        }
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        own = {"random": torch.get_rng_state(), **({} if scaler is None else {"scaler": scaler})}
+        return own | (parts if order == "random" else dict(reversed(parts.items())))
 
     batches = tokens(14)
     whole = fabric()
