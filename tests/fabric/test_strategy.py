@@ -526,6 +526,6 @@ def test_the_command_line_of_fabric(tmp_path):
         "from lightning.fabric import Fabric\nimport lightning_hift\nprint(type(Fabric().strategy).__name__)\n"
     )
     environment = {**os.environ, "LT_STRATEGY": "hift", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "lightning.fabric.cli", "run", "--accelerator=cpu", "script.py"]
+    command = [sys.executable, "-m", "lightning.fabric.cli", "--accelerator=cpu", "script.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert "HiFTFabricStrategy" in result.stdout, result.stderr
