@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -381,6 +381,12 @@ class HiFTEngine:
         As ``prepare_step``, but the weights stay as they are, so that the step may be left out.
         """
         self._view.raise_gradients(self._active)
+
+    def retake_masters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the masters of ``parameters`` be what these are now: others were loaded since the engine was attached."""
+        loaded = set(parameters)
+        self._view.cancel()
+        self._state.make_masters(known={p: kept for p, kept in self._state.masters().items() if p not in loaded})
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""

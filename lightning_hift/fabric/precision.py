@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.precision import HalfPrecision
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -26,6 +26,7 @@ class FabricMasterPrecision(HalfPrecision):
     def __init__(self, precision: str) -> None:
         super().__init__(cast(Any, precision))
         self._waiting: dict[Module, torch.device | None] = {}  # and where each is to go
+        self._versions: dict[HiFTEngine, dict[Parameter, int]] = {}  # of weights that were not stepped yet
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -48,6 +49,10 @@ class FabricMasterPrecision(HalfPrecision):
         if module in self._waiting:
             module.to(device=self._waiting.pop(module), dtype=self.weights_dtype)
 
+    def watch(self, engine: HiFTEngine) -> None:
+        """Until the first step, let whatever is loaded into the weights be their masters, too."""
+        self._versions[engine] = {p: p._version for p in engine.parameters.values()}
+
     @override
     def module_init_context(self) -> AbstractContextManager[Any]:
         return torch.device("cpu")  # in 32 bits
@@ -56,6 +61,12 @@ class FabricMasterPrecision(HalfPrecision):
     def forward_context(self) -> AbstractContextManager[Any]:
         for module in list(self._waiting):  # it is used without having got an optimizer
             self.finish(module)
+        for engine, versions in list(self._versions.items()):
+            if engine.step > 0:
+                del self._versions[engine]
+            elif loaded := [p for p, version in versions.items() if p._version != version]:
+                engine.retake_masters(loaded)
+                self.watch(engine)
         return super().forward_context()
 
     @override

@@ -177,6 +177,8 @@ class HiFTFabricStrategy(SingleDeviceStrategy):
             engines = attach(weights_dtype=precision.weights_dtype)
             for module in modules:
                 precision.finish(module)
+            for engine in engines:
+                precision.watch(engine)
         else:
             engines = attach()
         for engine in engines:

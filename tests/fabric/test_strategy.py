@@ -196,6 +196,43 @@ def test_masters_are_those_of_the_trainer(setup, options, clip):
     assert bool(masters) == (options != {"master_weights": "none"})
 
 
+@pytest.mark.parametrize("masters", ["split", "full"])
+@pytest.mark.parametrize("by", ["load_raw", "load_state_dict", "initialization of one layer"])
+@pytest.mark.parametrize("when", ["after setup", "after a forward pass", "between setup and optimizer"])
+def test_what_is_loaded_before_the_first_step_makes_the_masters(masters, by, when, tmp_path):
+    """As if the model had been built with it: nothing is left of the masters of random weights."""
+
+    def load(fabric, model):
+        if by == "load_raw":
+            torch.save({name: w.bfloat16() for name, w in Net(7).state_dict().items()}, tmp_path / "weights.pth")
+            fabric.load_raw(tmp_path / "weights.pth", model)
+        elif by == "load_state_dict":
+            model.load_state_dict({name: w.bfloat16() for name, w in Net(7).state_dict().items()})
+        else:
+            with torch.no_grad():
+                model.head.weight.copy_(Net(7).head.weight.bfloat16())
+
+    expected = Net()
+    load(plain(), expected)
+    fabric, model = hift(precision="bf16-true", master_weights=masters), Net()
+    if when == "between setup and optimizer":
+        model = fabric.setup(model)
+        load(fabric, model)
+        optimizer = fabric.setup_optimizers(adamw(model.parameters()))
+    else:
+        model, optimizer = fabric.setup(model, adamw(model.parameters()))
+        if when == "after a forward pass":
+            model(tokens(1)[0])
+        load(fabric, model)
+    train(fabric, model, optimizer, tokens(8))
+    other = hift(precision="bf16-true", master_weights=masters)
+    expected, its = other.setup(expected, adamw(expected.parameters()))
+    train(other, expected, its, tokens(8))
+    assert_same_weights(model.module, expected.module)
+    kept, wanted = optimizer.state_dict()["hift"]["masters"], its.state_dict()["hift"]["masters"]
+    assert all(torch.equal(kept[i], wanted[i]) for i in wanted)
+
+
 @pytest.mark.parametrize("precision", HALF)
 def test_modules_are_built_on_the_host_in_32_bits(precision):
     fabric = hift(precision=precision)
