@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_hift.cli import HiFTCLI
     from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
     from lightning_hift.distributed.fsdp_strategy import HiFTFSDPStrategy
+    from lightning_hift.fabric.strategy import HiFTFabricStrategy
     from lightning_hift.planner.plan import make_plan
     from lightning_hift.plugin.callback import HiFTCallback
     from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
@@ -43,6 +44,7 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "HiFTDDPStrategy",
     "HiFTEngine",
     "HiFTFSDPStrategy",
+    "HiFTFabricStrategy",
     "HiFTModule",
     "HiFTPrecision",
     "HiFTStrategy",
@@ -72,6 +74,7 @@ _ON_FIRST_USE = {
     "HiFTCallback": "plugin.callback",
     "HiFTDDPStrategy": "distributed.ddp_strategy",
     "HiFTFSDPStrategy": "distributed.fsdp_strategy",
+    "HiFTFabricStrategy": "fabric.strategy",
     "HiFTModule": "plugin.module",
     "HiFTPrecision": "plugin.precision",
     "HiFTStrategy": "plugin.strategy",

@@ -14,7 +14,7 @@ OWN = "lightning_hift."
 FLOORS = [
     {"groups", "offload", "precision", "table"},
     {"engine", "activations", "planner"},
-    {"plugin", "distributed", "packaged_optimizers"},
+    {"plugin", "distributed", "fabric", "packaged_optimizers"},
     {"tasks", "data"},
     {"cli", "trainer"},
     {"benchmark"},

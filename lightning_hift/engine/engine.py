@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -267,6 +267,14 @@ class HiFTEngine:
         self._reset_inactive()
         self._stepper.hold_first(self._active_groups)
 
+    def start(self) -> None:
+        """Activate the first group, and hand over to the next one after each step, as with ``advance_on_step``.
+
+        For parameters that were still to be moved to their device when the engine was attached.
+        """
+        self._advance_on_step = True
+        self.activate()
+
     def freeze(self) -> None:
         """Let ``requires_grad`` be true for what trains now, and for nothing else."""
         active = set(self._active)
@@ -370,6 +378,19 @@ class HiFTEngine:
         self._stepper.prepare(self._active_groups)
         if slices:
             self._view.raise_gradients(self._active)
+
+    def raise_gradients(self) -> None:
+        """Make float32 gradients of those of weights that have masters, to clip them in full precision.
+
+        As ``prepare_step``, but the weights stay as they are, so that the step may be left out.
+        """
+        self._view.raise_gradients(self._active)
+
+    def retake_masters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the masters of ``parameters`` be what these are now: others were loaded since the engine was attached."""
+        loaded = set(parameters)
+        self._view.cancel()
+        self._state.make_masters(known={p: kept for p, kept in self._state.masters().items() if p not in loaded})
 
     def cancel_step(self) -> None:
         """Undo ``prepare_step`` where the step did not take place (gradients overflowed); drops the gradients."""

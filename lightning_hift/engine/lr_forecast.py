@@ -189,10 +189,14 @@ def plain(value: Any) -> Any:
 def _copy_onto(stand_in: Optimizer, scheduler: Any, optimizer: Optimizer) -> Any:
     """A copy on another optimizer, schedulers inside it included, but nothing that its functions may belong to."""
 
+    def is_optimizer(value: Any) -> bool:
+        wraps = isinstance(value, Optimizer) and getattr(value, "optimizer", None) is optimizer  # as Fabric's does
+        return value is optimizer or wraps
+
     def copied(value: Any) -> Any:
-        if value is optimizer:
+        if is_optimizer(value):
             return stand_in
-        if getattr(value, "optimizer", None) is optimizer and hasattr(value, "state_dict"):
+        if is_optimizer(getattr(value, "optimizer", None)) and hasattr(value, "state_dict"):
             return _copy_onto(stand_in, value, optimizer)
         if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
             return type(value)(copied(v) for v in value)

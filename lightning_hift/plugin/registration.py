@@ -18,6 +18,7 @@ _STRATEGIES = {
     "hift_ddp": ("distributed.ddp_strategy", "HiFTDDPStrategy", "Data parallel, one layer group at a time"),
     "hift_fsdp": ("distributed.fsdp_strategy", "HiFTFSDPStrategy", "Sharded, one layer group at a time"),
 }
+_FABRIC_STRATEGIES = {"hift": ("fabric.strategy", "HiFTFabricStrategy", "One device, one layer group at a time")}
 
 
 def register_strategies() -> None:
@@ -51,9 +52,11 @@ class _AfterLightning(MetaPathFinder, Loader):
 
 
 def _register() -> None:
-    registry = import_module("lightning.pytorch.strategies").StrategyRegistry
-    for name, (module, strategy, description) in _STRATEGIES.items():
-        registry.register(name, partial(_make, module, strategy), description=description, override=True)
+    trainers = import_module("lightning.pytorch.strategies").StrategyRegistry
+    fabrics = import_module("lightning.fabric.strategies").STRATEGY_REGISTRY
+    for registry, strategies in ((trainers, _STRATEGIES), (fabrics, _FABRIC_STRATEGIES)):
+        for name, (module, strategy, description) in strategies.items():
+            registry.register(name, partial(_make, module, strategy), description=description, override=True)
 
 
 def _make(module: str, strategy: str, **options: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What knows Lightning Fabric: a strategy, and the precision that leaves masters to be taken first."""
