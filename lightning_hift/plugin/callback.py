@@ -26,6 +26,7 @@ from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.lr_scale import LRScale
+from lightning_hift.engine.missed_turns import CAUSES
 from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
@@ -39,6 +40,7 @@ from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
+from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.run_length import run_length
 from lightning_hift.plugin.run_words import summarize_run, warn_about_length
 from lightning_hift.plugin.step_values import StepValues
@@ -310,10 +312,10 @@ class HiFTCallback(Callback):
                 refuse_reentrant_graph(loss)
                 self._graph_was_checked = True
             return
-        if len(self._engines) > 1 or loss.is_inference():
-            raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
-        # This loss has nothing to do with the active group, but another one before the step may. The backward pass then
-        # does nothing, and the step raises if none of them reaches the group.
+        if loss.is_inference() or all(len(engine.groups) == 1 for engine in self._engines):
+            raise RuntimeError(f"The loss depends on no parameter that trains. {CAUSES}")
+        # It does not depend on the active group: another loss before the step may, or the group was left out, and its
+        # turn passes without an update. The backward pass does nothing.
         loss.requires_grad_(True)
 
     @override
@@ -333,10 +335,9 @@ class HiFTCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         index, engine = self._engine_of(optimizer)
-        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With
-        # several optimizers a backward pass may have been meant for another one.
-        if self._backward_ran and len(self._engines) == 1:
-            engine.check_gradients()
+        if self._backward_ran:  # else training_step returned None
+            engine.note_gradients()
+            pass_without_gradients(trainer.precision_plugin, engine.optimizer)
         self._backward_ran = False
         self._backwards_without_step = 0
         engine.announce_step()
