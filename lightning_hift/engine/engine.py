@@ -144,7 +144,7 @@ class HiFTEngine:
         self._closed = False
         self._proof: FirstSweepProof | None = None
         if self._needs_gradient:
-            self._proof = FirstSweepProof(self.parameters, len(self.groups))
+            self._proof = FirstSweepProof(optimizer, self.parameters, len(self.groups))
             self.watchers.append(self._proof)
         self.missed_turns = MissedTurns(len(self.groups), policy.steps_per_sweep)
         """Turns that passed without an update."""

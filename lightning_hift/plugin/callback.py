@@ -14,7 +14,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -42,7 +41,7 @@ from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.run_length import run_length
-from lightning_hift.plugin.run_words import summarize_run, warn_about_length
+from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_rounding
 from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
@@ -259,11 +258,7 @@ class HiFTCallback(Callback):
 
     def _engine_options(self, strategy: Any) -> dict[str, Any]:
         """Without ``HiFTStrategy`` the weights are rounded before masters could be taken from them."""
-        if isinstance(strategy.precision_plugin, HalfPrecision):
-            rank_zero_warn(
-                f"precision={strategy.precision_plugin.precision!r} rounds each update to 16 bits; small updates are"
-                " lost. Use strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
-            )
+        warn_about_rounding(strategy.optimizers, strategy.lightning_module, strategy.precision_plugin)
         return {
             "make_offloader": lambda: StateOffloader(strategy.root_device, show_progress=PageLockBar()),
             "master_weights": "none",

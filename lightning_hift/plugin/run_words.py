@@ -7,16 +7,21 @@ from collections.abc import Sequence
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_hift.engine.engine import HiFTEngine
+from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.groups.report import describe_groups
 from lightning_hift.groups.turns import Turns
+from lightning_hift.precision.master_weights import HALF_DTYPES
 
 _FEW_SWEEPS = 3
 
 
-def summarize_run(module: torch.nn.Module, engines: Sequence[HiFTEngine], total_steps: float) -> str:
+def summarize_run(module: nn.Module, engines: Sequence[HiFTEngine], total_steps: float) -> str:
     """The table of groups, with what is frozen.
 
     Args:
@@ -46,6 +51,35 @@ def _sweeps_in_run(engine: HiFTEngine, total_steps: float) -> str:
     layers = sum(len(group.units) for group in engine.groups)
     sweeps = total_steps / engine.policy.steps_per_sweep
     return f"; {total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
+
+
+def warn_about_rounding(optimizers: Sequence[Optimizer], module: nn.Module, plugin: Precision) -> None:
+    """Warn where weights in 16 bits are stepped without masters.
+
+    Args:
+        optimizers: Those of the Trainer. What moves weights without gradients cannot have masters anyway.
+        module: What is trained.
+        plugin: The Trainer's precision.
+    """
+    if isinstance(plugin, HalfPrecision):
+        rank_zero_warn(
+            f"precision={plugin.precision!r} rounds each update to 16 bits; small updates are lost. Use"
+            " strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
+        )
+        return
+    stepped = {p for each in optimizers if getattr(each, "needs_gradient", True) for p in parameters_of(each)}
+    trained = [(name, p) for name, p in module.named_parameters() if p in stepped and p.requires_grad]
+    halves = [(name, p) for name, p in trained if p.dtype in HALF_DTYPES]
+    if halves:
+        dtypes = {p.dtype for _, p in halves}
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        remedy = "bf16-true" if torch.bfloat16 in dtypes else "16-true"
+        rank_zero_warn(
+            f"{len(halves)} of {len(trained)} trainable parameters are {names} ({halves[0][0]}, ...) with"
+            f" precision={plugin.precision!r}, and HiFTCallback alone keeps no master weights: each update is rounded"
+            f" to 16 bits, and small ones are lost. Use strategy='hift' with precision={remedy!r}, which keeps masters,"
+            " or load the model in float32 (model.float(), or dtype=torch.float32 in from_pretrained)."
+        )
 
 
 def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: Turns) -> None:
