@@ -16,9 +16,9 @@ from lightning_hift.activations.saved_bytes import tensors_in
 
 
 class _Place(NamedTuple):
-    """Where a tensor was, by its index among all."""
+    """Where a tensor was, by its number among all."""
 
-    index: int
+    number: int
 
 
 class Arguments:
@@ -45,7 +45,7 @@ class Arguments:
         return tensors
 
     def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments: the first time as they were given, later the same with these tensors in the place of theirs."""
+        """The arguments: the first time as they were given, later with these tensors in the place of theirs."""
         original, self._original = self._original, None
         if original is not None:
             return original
@@ -74,7 +74,7 @@ class Arguments:
 
 def _filled(value: Any, tensors: Sequence[Tensor], containers: dict[int, Any]) -> Any:
     if isinstance(value, _Place):
-        return tensors[value.index]
+        return tensors[value.number]
     if not _can_be_rebuilt(value):
         return value
     if id(value) not in containers:

@@ -34,7 +34,7 @@ from lightning_hift.engine.optimizer_groups import find_groups, select_frozen
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.output_graph import OutputGraph
-from lightning_hift.engine.parameter_checks import check_ownership, check_slicing, check_unchanged
+from lightning_hift.engine.parameter_checks import check_ownership, check_shapes, check_slicing, check_unchanged
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
 from lightning_hift.engine.row_slices import cut_into_turns
 from lightning_hift.engine.saving import Saving
@@ -117,6 +117,7 @@ class HiFTEngine:
             self.parameters |= unit.parameters
         self.step = 0
         self._advance_on_step = advance_on_step
+        self._shapes = {name: p.shape for name, p in self.parameters.items()}
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
         self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
         self._held_back = tuple(held_back)
@@ -322,6 +323,8 @@ class HiFTEngine:
             self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
+        if not self._active and (self.master_weights != "none" or self._stepper.cuts):
+            check_shapes(self.parameters, self._shapes)
         # Before the first step everything is trainable; a plain loop still has the active group as it was set. (Modules
         # with several optimizers may freeze and unfreeze in between.)
         expected = list(self.parameters.values()) if not self._active else self._active if self._advance_on_step else []

@@ -41,7 +41,7 @@ from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.run_length import run_length
-from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_rounding
+from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_replaced, warn_about_rounding
 from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
@@ -128,7 +128,7 @@ class HiFTCallback(Callback):
         self._values = StepValues()
         self._backwards_without_step = 0
         self._budget: ActivationBudget | None = None
-        self._graph_was_checked = self._was_saved = False
+        self._graph_was_checked = self._was_compared = self._was_saved = False
 
     @property
     def engines(self) -> Sequence[HiFTEngine]:
@@ -279,7 +279,7 @@ class HiFTCallback(Callback):
         if nbytes is not None:
             units = [unit for group in self.groups for unit in group.units]
             self._budget = ActivationBudget(pl_module, nbytes, units)
-        self._graph_was_checked = self._was_saved = False
+        self._graph_was_checked = self._was_compared = self._was_saved = False
 
     @override
     def on_train_batch_start(
@@ -288,6 +288,9 @@ class HiFTCallback(Callback):
         if self._random_state is not None:  # not before, as whatever happens at the start of a run may draw
             set_random_state(self._random_state)
             self._random_state = None
+        if not self._was_compared:
+            warn_about_replaced(self._engines, pl_module)
+            self._was_compared = True
         for engine in self._engines:
             engine.activate()
         if self._budget is not None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.engine.parameter_checks import find_replaced
 from lightning_hift.groups.report import describe_groups
 from lightning_hift.groups.turns import Turns
 from lightning_hift.precision.master_weights import HALF_DTYPES
@@ -80,6 +81,29 @@ def warn_about_rounding(optimizers: Sequence[Optimizer], module: nn.Module, plug
             f" to 16 bits, and small ones are lost. Use strategy='hift' with precision={remedy!r}, which keeps masters,"
             " or load the model in float32 (model.float(), or dtype=torch.float32 in from_pretrained)."
         )
+
+
+def warn_about_replaced(engines: Sequence[HiFTEngine], module: nn.Module) -> None:
+    """Warn of parameters that have come or gone since layer groups were formed; right before the first batch.
+
+    Args:
+        engines: One for each optimizer.
+        module: What is trained.
+    """
+    parameters = {name: p for engine in engines for name, p in engine.parameters.items()}
+    gone, new = find_replaced(module, [engine.optimizer for engine in engines], parameters)
+    facts = [f"{_few(new)} are trainable, but no optimizer holds them, so they will not train"] if new else []
+    facts += [f"{_few(gone)} are not in the module any more, so their turns change nothing"] if gone else []
+    if facts:
+        rank_zero_warn(
+            f"The module is not the one of which layer groups were formed: {'; '.join(facts)}. Replace or resize layers"
+            " (resize_token_embeddings, a new head) before the optimizer is built: in __init__, configure_model or"
+            " setup, not in on_fit_start or later. What is not to train wants requires_grad_(False)."
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", ... ({len(names)} parameters)" if len(names) > 4 else "")
 
 
 def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: Turns) -> None:
