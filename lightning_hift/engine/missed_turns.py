@@ -4,7 +4,8 @@ A forward pass may leave a layer out (layer dropout, a head that a batch does no
 because they are NaN. Then the turn passes without an update, as in plain torch. But a group that no backward pass can
 reach would waste its turns for ever. So a group that never had a gradient yet when it missed its turn stays trainable
 after it, until a backward pass reaches it; what that computes for it is thrown away. If none does in a whole sweep, the
-run is refused.
+run is refused. So it is where other groups' turns reach it, but its own never do: an autograd function may need an
+input with a gradient, which is frozen then.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ from lightning_hift.groups.grouping import LayerGroup
 from lightning_hift.offload.sharded_tensors import is_sharded
 
 _FEW = 8  # steps, in which chance alone may have left a layer out
+_MANY = 16  # steps of its own, likewise
+
 CAUSES = (
     "Either the forward pass does not use it: name it in frozen=[...]. Or activation checkpointing with"
-    " use_reentrant=True cuts the graph below a frozen layer: pass use_reentrant=False. Or the forward pass ran under"
-    " torch.no_grad, or before the group was activated."
+    " use_reentrant=True cuts the graph below a frozen layer: pass use_reentrant=False. Or an autograd function of the"
+    " model needs an input with a gradient (Reformer): name what is below it in always_active=['embedding']. Or the"
+    " forward pass ran under torch.no_grad, or before the group was activated."
 )
 
 
 class MissedTurns:
     """Counts the turns of layer groups that pass without an update, and refuses groups that cannot be reached.
+
+    A group is refused that has never had a gradient, if no backward pass reaches it in a whole sweep (at least 8 steps)
+    after its first turn, or none of 16 steps of its own.
 
     Args:
         num_groups: How many groups there are. The only one there is may miss turns for ever, as in full fine-tuning.
@@ -38,7 +45,9 @@ class MissedTurns:
     def __init__(self, num_groups: int, steps_per_sweep: int) -> None:
         self.count = 0
         """Steps in which an active group had no gradient."""
-        self._unreached = set(range(num_groups)) if num_groups > 1 else set()
+        # By index, of groups that have never had one: how many of their own steps have passed without.
+        self._never = dict.fromkeys(range(num_groups), 0) if num_groups > 1 else {}
+        self._reached: set[int] = set()  # by a backward pass in the turn of another one
         self._patience = max(steps_per_sweep, _FEW)
         self._waiting: dict[int, _Waiting] = {}  # by the index of the group
         self._was_said = False
@@ -47,31 +56,37 @@ class MissedTurns:
         """``groups`` are about to be stepped, as the step of this number.
 
         Raises:
-            RuntimeError: No backward pass has reached a group since its first turn, a whole sweep ago.
+            RuntimeError: No backward pass has reached a group since its first turn, a whole sweep ago; or none of 16
+                steps of its own has.
         """
         for group in groups:
             if any(p.grad is not None for p in group.parameters.values()):
-                self._reached(group.index)
+                self._never.pop(group.index, None)
+                self._end_waiting(group.index)
                 continue
             self.count += 1
             self._say(group)
-            if group.index in self._unreached and group.index not in self._waiting:
+            if group.index not in self._never:
+                continue
+            self._never[group.index] += 1
+            if self._never[group.index] >= _MANY:
+                _refuse(group, f"none of its first {_MANY} steps has reached it")
+            if group.index not in self._waiting and group.index not in self._reached:
                 self._waiting[group.index] = _Waiting(group, step)
-        for index, waiting in list(self._waiting.items()):
+        for waiting in list(self._waiting.values()):
             if waiting.was_reached:
-                self._reached(index)
+                self._end_waiting(waiting.group.index)
             elif step - waiting.since >= self._patience:
-                raise RuntimeError(
-                    f"Layer group {index} ({waiting.group.name}) has never had a gradient: since its first turn,"
-                    f" {self._patience} steps ago, no backward pass has reached it. {CAUSES}"
+                _refuse(
+                    waiting.group, f"since its first turn, {self._patience} steps ago, no backward pass has reached it"
                 )
 
     def trainable(self, active: Collection[nn.Parameter]) -> set[nn.Parameter]:
         """Parameters that are trainable now beside ``active``, so that a backward pass may reach them."""
         found: set[nn.Parameter] = set()
-        for index, waiting in list(self._waiting.items()):
+        for waiting in list(self._waiting.values()):
             if waiting.was_reached:
-                self._reached(index)
+                self._end_waiting(waiting.group.index)
             else:
                 waiting.active = active
                 found |= waiting.watched
@@ -83,8 +98,8 @@ class MissedTurns:
             waiting.close()
         self._waiting = {}
 
-    def _reached(self, index: int) -> None:
-        self._unreached.discard(index)
+    def _end_waiting(self, index: int) -> None:
+        self._reached.add(index)
         if index in self._waiting:
             self._waiting.pop(index).close()
 
@@ -99,6 +114,10 @@ class MissedTurns:
                 stacklevel=2,
             )
             self._was_said = True
+
+
+def _refuse(group: LayerGroup, how: str) -> None:
+    raise RuntimeError(f"Layer group {group.index} ({group.name}) has never had a gradient: {how}. {CAUSES}")
 
 
 class _Waiting:

@@ -268,3 +268,46 @@ def test_what_the_model_returns_has_a_graph_in_training_alone():
     for p in model.parameters():
         p.requires_grad_(False)
     assert not model(batch).requires_grad
+
+
+class Reverses(torch.autograd.Function):
+    """As Reformer does, it calls a module by itself, and hands on a graph only from its input."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.block(x).backward(gradient)
+        return x.grad, None
+
+
+class Reversible(Net):
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = Reverses.apply(x, block)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{MISSED}")
+def test_a_function_that_needs_an_input_with_gradient():
+    model = Reversible()
+    engine = attach_published(model, adamw(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"\(blocks.\d\) has never had a gradient.*always_active=\['embedding'\]"):
+        train(model, engine, tokens(16 * 5))
+    engine.close()
+
+    model, twin = Reversible(), Net()
+    engine = attach_published(model, adamw(model.parameters()), always_active=["embedding"])
+    train(model, engine, tokens(11))
+    assert engine.missed_turns.count == 0
+    train_round_robin(twin, GROUPS[1:], adamw, [[b] for b in tokens(11)], next_token_loss, always_active=GROUPS[0])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-5, atol=1e-6)
