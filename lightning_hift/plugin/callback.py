@@ -41,7 +41,13 @@ from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
 from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.run_length import run_length
-from lightning_hift.plugin.run_words import summarize_run, warn_about_length, warn_about_replaced, warn_about_rounding
+from lightning_hift.plugin.run_words import (
+    explain_frozen,
+    summarize_run,
+    warn_about_length,
+    warn_about_replaced,
+    warn_about_rounding,
+)
 from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
@@ -372,6 +378,7 @@ class HiFTCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        explain_frozen(exception)
         self._close()
 
     @override

@@ -102,6 +102,15 @@ def warn_about_replaced(engines: Sequence[HiFTEngine], module: nn.Module) -> Non
         )
 
 
+def explain_frozen(exception: BaseException) -> None:
+    """Add to an error of ``torch.autograd.grad`` that HiFT has frozen what it asks about (since Python 3.11)."""
+    if "differentiated Tensors does not require grad" in str(exception) and hasattr(exception, "add_note"):
+        exception.add_note(
+            "HiFT freezes all layer groups but the active one. Ask autograd.grad for the parameters with requires_grad"
+            " alone, name in always_active=[...] what is needed at every step, or use one group of all units."
+        )
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f", ... ({len(names)} parameters)" if len(names) > 4 else "")
 

@@ -1,5 +1,7 @@
 """Batches in which the active group gets no gradient, in a Trainer."""
 
+import sys
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -219,3 +221,28 @@ def test_flags_of_the_user_come_back_although_a_group_was_waited_for():
     flags = []
     trainer(callbacks=[as_published(), Watch()]).fit(module, loader(7))
     assert all(each == set(GROUPS[2]) for each in flags)
+
+
+class Adapts(Automatic):
+    """MAML: its loss is that of weights after a step of their own."""
+
+    def __init__(self, only_trainable):
+        super().__init__()
+        self.only_trainable = only_trainable
+
+    def training_step(self, batch, batch_idx):
+        parameters = {n: p for n, p in self.net.named_parameters() if p.requires_grad or not self.only_trainable}
+        loss = next_token_loss(self.net, batch)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        fast = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+        return next_token_loss(lambda t: torch.func.functional_call(self.net, fast, (t,)), batch)
+
+
+def test_gradients_of_frozen_parameters_are_explained():
+    with pytest.raises(RuntimeError, match="differentiated Tensors does not require grad") as caught:
+        trainer(callbacks=[as_published()]).fit(Adapts(only_trainable=False), loader(5))
+    if sys.version_info >= (3, 11):
+        assert any("parameters with requires_grad alone" in note for note in caught.value.__notes__)
+    module, start = Adapts(only_trainable=True), Net()
+    trainer(callbacks=[as_published()]).fit(module, loader(5))
+    assert not any(torch.equal(p, start.get_parameter(name)) for name, p in module.net.named_parameters())
