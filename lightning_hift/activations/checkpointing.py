@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_hift.activations.arguments import Arguments
 from lightning_hift.activations.reentrant import own_checkpointing, refuse_reentrant_modules
 from lightning_hift.activations.saved_bytes import ActivationProfile, BatchPlan, BlockCall, Measurement, tensors_in
 from lightning_hift.groups.grouping import LayerUnit
@@ -159,11 +160,17 @@ class ActivationBudget:
             return block.call(*args, **kwargs)
         _refuse_cache(block.path, (*args, *kwargs.values()))
         self.num_checkpointed += 1
+        arguments, run = Arguments(args, kwargs), block.repeatable()
+
+        def run_with(*tensors: Tensor) -> Any:
+            args, kwargs = arguments.filled(tensors)
+            return run(*args, **kwargs)
+
         if batch.measurement is None:
-            return checkpoint(block.repeatable(), *args, use_reentrant=False, **kwargs)
-        run = batch.measurement.measured(call, block.repeatable())
+            return checkpoint(run_with, *arguments.take_tensors(), use_reentrant=False)
+        run = batch.measurement.measured(call, run)
         with batch.measurement.of_call(call, inputs):
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return checkpoint(run_with, *arguments.take_tensors(), use_reentrant=False)
 
     def _measure(self, missed: float = 0) -> Measurement:
         return Measurement((*self._parameters, *self._model.buffers()), missed)

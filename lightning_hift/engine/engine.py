@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hift.engine.lr_scale import LRScale, lr_scales_for
+from lightning_hift.engine.missed_turns import MissedTurns
 from lightning_hift.engine.optimizer_checks import (
     check_divisible,
     check_optimizer,
@@ -32,7 +33,8 @@ from lightning_hift.engine.optimizer_checks import (
 from lightning_hift.engine.optimizer_groups import find_groups, select_frozen
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.engine.options import HiFTOptions
-from lightning_hift.engine.parameter_checks import check_ownership, check_slicing, check_unchanged
+from lightning_hift.engine.output_graph import OutputGraph
+from lightning_hift.engine.parameter_checks import check_ownership, check_shapes, check_slicing, check_unchanged
 from lightning_hift.engine.proof import FirstSweepProof, SweepReport
 from lightning_hift.engine.row_slices import cut_into_turns
 from lightning_hift.engine.saving import Saving
@@ -54,6 +56,8 @@ class HiFTEngine:
         for batch in batches:
             model(batch).backward()
             optimizer.step()  # steps the active group, then hands over to the next one
+
+    A turn in which a group gets no gradient passes without an update of it; see ``MissedTurns`` for when it is refused.
 
     Args:
         optimizer: Any optimizer of ``torch.optim``'s kind that steps parameter by parameter.
@@ -113,6 +117,7 @@ class HiFTEngine:
             self.parameters |= unit.parameters
         self.step = 0
         self._advance_on_step = advance_on_step
+        self._shapes = {name: p.shape for name, p in self.parameters.items()}
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
         self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
         self._held_back = tuple(held_back)
@@ -140,8 +145,12 @@ class HiFTEngine:
         self._closed = False
         self._proof: FirstSweepProof | None = None
         if self._needs_gradient:
-            self._proof = FirstSweepProof(self.parameters, len(self.groups))
+            self._proof = FirstSweepProof(optimizer, self.parameters, len(self.groups))
             self.watchers.append(self._proof)
+        self.missed_turns = MissedTurns(len(self.groups), policy.steps_per_sweep)
+        """Turns that passed without an update."""
+        self.on_close: list[Callable[[], Any]] = []
+        """What ``close`` calls first; may be added to."""
         self._untrained = policy.state_dict()
         self._trained: tuple[LayerGroup, ...] | None = None  # those that may have state, if it is reset; None: all
         self._num_owned = len(parameters_of(optimizer))
@@ -276,12 +285,13 @@ class HiFTEngine:
         self.activate()
 
     def freeze(self) -> None:
-        """Let ``requires_grad`` be true for what trains now, and for nothing else."""
+        """Let ``requires_grad`` be true for what trains now, and for what ``missed_turns`` waits for."""
         active = set(self._active)
+        trainable = active | self.missed_turns.trainable(active)
         for p in self._held_back:
             p.requires_grad_(False)
         for p in self.parameters.values():
-            p.requires_grad_(p in active)
+            p.requires_grad_(p in trainable)
             if p not in active:
                 p.grad = None  # a frozen parameter with a leftover gradient would still be stepped
 
@@ -321,6 +331,8 @@ class HiFTEngine:
             self._trained = self._active_groups
 
     def _check_unchanged(self) -> None:
+        if not self._active and (self.master_weights != "none" or self._stepper.cuts):
+            check_shapes(self.parameters, self._shapes)
         # Before the first step everything is trainable; a plain loop still has the active group as it was set. (Modules
         # with several optimizers may freeze and unfreeze in between.)
         expected = list(self.parameters.values()) if not self._active else self._active if self._advance_on_step else []
@@ -341,27 +353,14 @@ class HiFTEngine:
         """Let the step that was announced last stay counted though it may not have been made: its batch is over."""
         self._step_announced = False
 
-    def check_gradients(self) -> None:
-        """Refuse to step groups that the backward pass did not reach.
+    def note_gradients(self) -> None:
+        """Take note of active groups without a gradient: their turn passes without an update. To be called once a step.
 
         Raises:
-            RuntimeError: No active parameter has a gradient.
+            RuntimeError: No backward pass has reached a group since its first turn, a whole sweep ago.
         """
-        if self._needs_gradient and all(p.grad is None for p in self._active):
-            raise RuntimeError(self.explain_missing_gradient())
-
-    def explain_missing_gradient(self) -> str:
-        """Why the active groups may have received no gradient, and what to do about it."""
-        names = [f"{group.index} ({group.name})" for group in self._active_groups]
-        if len(names) == 1:
-            what = f"Layer group {names[0]} is the only one that trains at this step, but the loss gave it"
-        else:
-            what = f"Only the layer groups {', '.join(names)} train at this step, but the loss gave them"
-        return (
-            f"{what} no gradient. Either the forward pass does not use it: name it in frozen=[...]."
-            " Or activation checkpointing with use_reentrant=True cuts the graph below a frozen layer: pass"
-            " use_reentrant=False. Or the forward pass ran under torch.no_grad, or before the group was activated."
-        )
+        if self._needs_gradient:
+            self.missed_turns.note(self._active_groups, self.step)
 
     def prepare_step(self, slices: bool = True) -> None:
         """Put the active group's float32 masters in the place of its 16-bit weights, and float32 gradients likewise.
@@ -405,6 +404,8 @@ class HiFTEngine:
         if self._closed:
             return
         self._closed = True
+        for undo in (*self.on_close, self.missed_turns.close):
+            undo()
         self.unfreeze()
         self._view.cancel()
         self.offloader.release_all()
@@ -443,7 +444,7 @@ class HiFTEngine:
         if self._view.is_shown:
             return
         if self._advance_on_step:
-            self.check_gradients()
+            self.note_gradients()
             self.announce_step()
         if not self._step_announced:
             raise RuntimeError(
@@ -510,6 +511,7 @@ class HiFTEngine:
         self.policy.load_state_dict(position.get("learned", self._untrained))
         self._active_groups, self._trained = self._select(), None
         self._forget_proof()
+        self.missed_turns.close()
         if self._active and not self._closed:
             self.activate()
 
@@ -616,6 +618,8 @@ def attach_engines(
                 partition,
             )
             engines.append(engine)
+            if advance_on_step:
+                engine.on_close.append(model.register_forward_hook(OutputGraph(model)).remove)
     except BaseException:
         for engine in engines:
             engine.close()

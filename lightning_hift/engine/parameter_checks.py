@@ -119,3 +119,43 @@ def check_unchanged(
             f"The parameters are on {moved[0].device}, but the optimizer state is kept for {device}. Move the"
             " model before HiFT is attached to its optimizer."
         )
+
+
+def check_shapes(parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse parameters that have other shapes than their masters or slices were made for.
+
+    Args:
+        parameters: By name.
+        shapes: Those that they had, by name.
+
+    Raises:
+        RuntimeError: As said.
+    """
+    changed = [name for name, p in parameters.items() if p.shape != shapes[name]]
+    if changed:
+        before, now = (tuple(shape) for shape in (shapes[changed[0]], parameters[changed[0]].shape))
+        raise RuntimeError(
+            f"{changed[:8]} were resized after HiFT had made masters or slices of them ({changed[0]}: {before}, now"
+            f" {now}). Resize layers before the optimizer is built: in __init__, configure_model or setup."
+        )
+
+
+def find_replaced(
+    module: nn.Module, optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> tuple[list[str], list[str]]:
+    """What became of the parameters of ``module`` since its layer groups were formed.
+
+    Args:
+        module: What is trained.
+        optimizers: Its optimizers.
+        parameters: Those of all groups, by name.
+
+    Returns:
+        Names of parameters in groups that are not in the module any more, and names of trainable ones in the module
+        that no optimizer holds.
+    """
+    present = {id(p) for p in module.parameters()}
+    owned = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
+    gone = [name for name, p in parameters.items() if id(p) not in present]
+    new = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in owned]
+    return gone, new

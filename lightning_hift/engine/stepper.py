@@ -79,6 +79,11 @@ class Stepper:
         """All there are."""
         return [*(turn for turns in self._turns for turn in turns), self.fixed]
 
+    @property
+    def cuts(self) -> bool:
+        """Whether anything is stepped in slices."""
+        return any(not piece.is_whole for turn in self.turns for piece in turn.pieces)
+
     def turns_of(self, groups: Iterable[LayerGroup]) -> list[Turn]:
         """What is stepped together of some groups, turn by turn."""
         return [turn for group in groups for turn in self._turns[group.index]]

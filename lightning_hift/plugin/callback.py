@@ -14,7 +14,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -26,6 +25,7 @@ from lightning_hift.activations.checkpointing import ActivationBudget
 from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_reentrant_modules
 from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.lr_scale import LRScale
+from lightning_hift.engine.missed_turns import CAUSES
 from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
@@ -38,10 +38,17 @@ from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
 from lightning_hift.plugin.page_lock_bar import PageLockBar
+from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.resumable_loops import ResumableEpochLoop, make_loops_resumable
 from lightning_hift.plugin.run_length import run_length
 from lightning_hift.plugin.run_position import RunPosition
-from lightning_hift.plugin.run_words import summarize_run, warn_about_length
+from lightning_hift.plugin.run_words import (
+    explain_frozen,
+    summarize_run,
+    warn_about_length,
+    warn_about_replaced,
+    warn_about_rounding,
+)
 from lightning_hift.plugin.step_values import StepValues
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
@@ -128,7 +135,7 @@ class HiFTCallback(Callback):
         self._values = StepValues()
         self._backwards_without_step = 0
         self._budget: ActivationBudget | None = None
-        self._graph_was_checked = self._was_saved = False
+        self._graph_was_checked = self._was_compared = self._was_saved = False
 
     @property
     def engines(self) -> Sequence[HiFTEngine]:
@@ -264,11 +271,7 @@ class HiFTCallback(Callback):
 
     def _engine_options(self, strategy: Any) -> dict[str, Any]:
         """Without ``HiFTStrategy`` the weights are rounded before masters could be taken from them."""
-        if isinstance(strategy.precision_plugin, HalfPrecision):
-            rank_zero_warn(
-                f"precision={strategy.precision_plugin.precision!r} rounds each update to 16 bits; small updates are"
-                " lost. Use strategy='hift', which keeps master weights, or '32-true' or 'bf16-mixed'."
-            )
+        warn_about_rounding(strategy.optimizers, strategy.lightning_module, strategy.precision_plugin)
         return {
             "make_offloader": lambda: StateOffloader(strategy.root_device, show_progress=PageLockBar()),
             "master_weights": "none",
@@ -289,12 +292,15 @@ class HiFTCallback(Callback):
         if nbytes is not None:
             units = [unit for group in self.groups for unit in group.units]
             self._budget = ActivationBudget(pl_module, nbytes, units)
-        self._graph_was_checked = self._was_saved = False
+        self._graph_was_checked = self._was_compared = self._was_saved = False
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if not self._was_compared:
+            warn_about_replaced(self._engines, pl_module)
+            self._was_compared = True
         for engine in self._engines:
             engine.activate()
         if self._budget is not None:
@@ -314,10 +320,10 @@ class HiFTCallback(Callback):
                 refuse_reentrant_graph(loss)
                 self._graph_was_checked = True
             return
-        if len(self._engines) > 1 or loss.is_inference():
-            raise RuntimeError(" ".join(engine.explain_missing_gradient() for engine in self._engines))
-        # This loss has nothing to do with the active group, but another one before the step may. The backward pass then
-        # does nothing, and the step raises if none of them reaches the group.
+        if loss.is_inference() or all(len(engine.groups) == 1 for engine in self._engines):
+            raise RuntimeError(f"The loss depends on no parameter that trains. {CAUSES}")
+        # It does not depend on the active group: another loss before the step may, or the group was left out, and its
+        # turn passes without an update. The backward pass does nothing.
         loss.requires_grad_(True)
 
     @override
@@ -337,10 +343,9 @@ class HiFTCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         index, engine = self._engine_of(optimizer)
-        # Without a backward pass (training_step returned None) there is nothing to step, and nothing wrong. With
-        # several optimizers a backward pass may have been meant for another one.
-        if self._backward_ran and len(self._engines) == 1:
-            engine.check_gradients()
+        if self._backward_ran:  # else training_step returned None
+            engine.note_gradients()
+            pass_without_gradients(trainer.precision_plugin, engine.optimizer)
         self._backward_ran = False
         self._backwards_without_step = 0
         engine.announce_step()
@@ -378,6 +383,7 @@ class HiFTCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        explain_frozen(exception)
         self._close()
 
     @override

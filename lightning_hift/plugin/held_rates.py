@@ -70,10 +70,12 @@ class HeldRates:
                 continue
             length, total = cast(HiFTEngine, self._owner_of(config)).policy.steps_per_sweep, self.total_steps
             if length > 1:
+                known = math.isfinite(total)
+                share = f"about {total / length:.0f} of the {total:g} steps" if known else f"one of {length} steps that"
                 rank_zero_warn(
                     f"hold_lr='once' takes one scheduler step per sweep of {length} optimizer steps, so"
-                    f" {config.scheduler.__class__.__name__} will get about {total / length:.0f} of the {total:g} steps"
-                    " it would get without HiFT. Size the schedule in sweeps, or use hold_lr='replay'."
+                    f" {config.scheduler.__class__.__name__} will get {share} it would get without HiFT. Size the"
+                    " schedule in sweeps, or use hold_lr='replay'."
                 )
 
     def flush(self, flush: Callable[[SweepLR], None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -108,6 +108,20 @@ class HiFTPrecision(HalfPrecision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict)
+
+
+def pass_without_gradients(plugin: Precision, optimizer: Optimizer) -> None:
+    """Let a scaler step an optimizer none of whose parameters has a gradient: it found nothing that overflowed.
+
+    Args:
+        plugin: Of the Trainer; its scaler, if it has one, has unscaled the gradients.
+        optimizer: What is to be stepped.
+    """
+    scaler = getattr(plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        if not found:  # which the scaler takes for a mistake
+            found[scaler._scale.device] = torch.zeros_like(scaler._scale)
 
 
 def _engine_of(optimizer: Any) -> HiFTEngine:

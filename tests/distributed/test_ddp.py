@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hift import IST, HiFTDDPStrategy, HiFTStrategy, StreamingCheckpointIO
+from tests.engine.test_missed_turns import Dropping
 from tests.models import (
     VOCABULARY,
     WIDTH,
@@ -95,8 +96,17 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=TOLERANCE, msg=name)
 
 
+class WithLayerDropout(Automatic):
+    """Each block is left out of half of the batches, in all processes alike."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.net = Dropping()
+
+
 CASES = {
     "automatic": {},
+    "layer_dropout": {"module": WithLayerDropout},
     "manual": {"module": Manual},
     "clipped": {"gradient_clip_val": 0.05},
     "accumulated": {"accumulate_grad_batches": 3},
