@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.engine.output_graph import OutputGraph
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
 from lightning_hift.fabric.precision import FabricMasterPrecision
@@ -183,6 +184,8 @@ class HiFTFabricStrategy(SingleDeviceStrategy):
             engines = attach()
         for engine in engines:
             engine.start()
+            for module in modules:
+                engine.on_close.append(module.register_forward_hook(OutputGraph(module)).remove)
         self.engines += engines
         rank_zero_info(summarize_run(whole, engines, math.inf))
         return engines
