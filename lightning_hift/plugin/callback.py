@@ -30,7 +30,7 @@ from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.random_state import get_random_state, set_random_state
-from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
+from lightning_hift.engine.sweep_lr import HoldLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.schedule import Order
 from lightning_hift.groups.selection import SelectionPolicy
@@ -349,7 +349,7 @@ class HiFTCallback(Callback):
         if self._budget is not None:
             self._budget.end_batch()
         assert self._rates is not None
-        self._rates.flush(SweepLR.flush)
+        self._rates.flush()
         for engine in self._engines:
             if (report := engine.first_sweep_report()) is not None:
                 first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
@@ -369,7 +369,7 @@ class HiFTCallback(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._rates is not None
-        self._rates.flush(SweepLR.finish)
+        self._rates.finish()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
