@@ -77,7 +77,7 @@ class SweepRates:
 
     def flush(self) -> None:
         """If a sweep has begun, choose its learning rates."""
-        if self.schedules and self._sweep != self._policy.sweep_at(self._step()):
+        if self._sweep != self._policy.sweep_at(self._step()):
             self._hold()
 
     def finish(self) -> None:
@@ -150,21 +150,20 @@ class SweepRates:
     def _resume(self, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint brings, but for what was changed in it: that is as ``_hold`` has left it."""
         own, _ = self._now()
+        latest = max((each["stepped_in"] for each in state["schedulers"]), default=-1)
         for schedule in self.schedules:
             now = schedule.scheduler.state_dict()
-            saved = next((each for each in state["schedulers"] if _is_same(each["state"], now)), None)
-            if saved is None:
+            same = [each["stepped_in"] for each in state["schedulers"] if _is_same(each["state"], now)]
+            schedule.stepped_in = same[0] if same else latest
+            if not same:
                 self.changes.append(f"the state of {type(schedule.scheduler).__name__}")
-            else:
-                schedule.stepped_in = saved["stepped_in"]
-        holds = not self.changes
+        holds = not self.changes or all(schedule.once for schedule in self.schedules)  # which look no further
         for index, (was, now) in enumerate(zip(state["own"], own, strict=True)):
             changed = [f"{key}={now[key]} of parameter group {index}" for key in now if was.get(key) != now[key]]
             self.changes += changed
-        if not holds or (state["used"] is None and self.changes):
-            return
-        if state["used"] is None:
+        if state["used"] is None and not self.changes:
             self._release()
+        if state["used"] is None or not holds:
             return
         used = [
             {key: value for key, value in each.items() if key in now and was.get(key) == now[key]}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.lr_forecast import SPANS_RUN
