@@ -118,7 +118,9 @@ class LRForecast:
         if start > 0 or not (steps_once and self.begins_with_nothing) or end >= self._total:
             return used
         following = self._at(end) or used
-        return [{**now, "lr": f["lr"]} if _is_less(now, f["lr"]) else now for now, f in zip(used, following, strict=True)]
+        return [
+            {**now, "lr": f["lr"]} if _is_less(now, f["lr"]) else now for now, f in zip(used, following, strict=True)
+        ]
 
     def is_wasted(self) -> bool:
         """Whether no sweep of the whole run has a learning rate of at least 1 % of what was asked for."""

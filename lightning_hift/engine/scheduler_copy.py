@@ -27,10 +27,20 @@ _FIXED = (int, float, complex, str, bytes, type(None), type, ModuleType, Builtin
 _CONTAINERS = (list, tuple, Mapping, Set, deque)
 _MOST = 10_000  # objects of a scheduler, to be copied for each sweep
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
-_WRITES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
-_WRITERS = {"append", "appendleft", "extend", "extendleft", "insert", "remove", "pop", "popleft", "popitem", "clear"} | {
-    *("update", "setdefault", "add", "discard", "sort", "reverse", "rotate", "next", "send", "setattr", "__setattr__")
-}
+_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL")
+_TO_OBJECTS = ("STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+_WRITERS = {
+    "append",
+    "appendleft",
+    "extend",
+    "extendleft",
+    "insert",
+    "remove",
+    "pop",
+    "popleft",
+    "popitem",
+    "clear",
+} | {*("update", "setdefault", "add", "discard", "sort", "reverse", "rotate", "next", "send", "setattr", "__setattr__")}
 
 
 def copy_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) -> Any:
@@ -129,7 +139,7 @@ def _code_of(kind: type) -> Iterator[tuple[str, Any]]:
 def _reaches_nothing(value: Any) -> bool:
     """Whether a member of a class gives its objects nothing to write to but themselves."""
     if isinstance(value, FunctionType):
-        return not _writes(value, ("STORE_GLOBAL", "DELETE_GLOBAL")) and all(
+        return not _writes(value, _OUTSIDE) and all(
             _only_reads(inner) if isinstance(inner, FunctionType) else _reaches_nothing(inner)
             for inner in _reached_by(value)
         )
@@ -138,35 +148,39 @@ def _reaches_nothing(value: Any) -> bool:
 
 def _only_reads(function: FunctionType | MethodType) -> bool:
     """Whether nothing that ``function`` reaches can have changed when it returns, as far as its code tells."""
+    ahead: list[Any] = [function]
     seen: set[int] = set()
     names: set[str] = set()
-    ahead: list[Any] = [function]
-    objects: dict[int, Any] = {}
+    objects: list[Any] = []  # whose attributes count if they are named
+    writes = reaches = False
     while ahead:
         value = ahead.pop()
-        if id(value) in seen or isinstance(value, (*_FIXED, Tensor)):
+        if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, MethodType):
             ahead += (value.__func__, value.__self__)
-        elif isinstance(value, FunctionType):
-            if _is_installed(value):
-                continue
-            new = _names(value.__code__)
-            if _writes(value, _WRITES) or new & _WRITERS:
+        elif isinstance(value, FunctionType) and not _is_installed(value):
+            if _writes(value, _OUTSIDE):
                 return False
-            names |= new
+            names |= (new := _names(value.__code__))
+            writes |= _writes(value, _TO_OBJECTS) or bool(new & _WRITERS)
+            reaches |= bool(vars(value))
             ahead += _reached_by(value)
         elif isinstance(value, _CONTAINERS):
+            reaches |= not isinstance(value, (tuple, frozenset))
             ahead += _held_by(value)
+        elif isinstance(value, (type, ModuleType)):
+            reaches |= not _is_installed(value)
         elif isinstance(value, (Namespace, SimpleNamespace, nn.Module)) or not _is_installed(type(value)):
-            objects[id(value)] = value
-        else:
+            reaches = True
+            objects.append(value)
+        elif not isinstance(value, (*_FIXED, FunctionType, Tensor)):
             return False  # an iterator, a generator of random numbers, or the like
-        for each in objects.values():
+        for each in objects:
             ahead += (held for name, held in getattr(each, "__dict__", {}).items() if name in names)
             ahead += (code for name, code in _code_of(type(each)) if name in names | {"__call__"})
-    return True
+    return not (writes and reaches)
 
 
 def _reached_by(function: FunctionType) -> Iterator[Any]:
@@ -201,8 +215,9 @@ def _writes(function: FunctionType, operations: Iterable[str]) -> bool:
 
 
 def _is_installed(value: Any) -> bool:
-    """Whether a class or function comes with Python or an installed package, which are taken to keep nothing."""
+    """Whether a class, function or module comes with Python or an installed package, which are taken to keep nothing."""
     if isinstance(value, FunctionType):
         return value.__code__.co_filename.startswith(_INSTALLED)
-    file = getattr(sys.modules.get(value.__module__), "__file__", None) or ""
-    return value.__module__.partition(".")[0] in sys.stdlib_module_names or file.startswith(_INSTALLED)
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return name.partition(".")[0] in sys.stdlib_module_names or file.startswith(_INSTALLED)

@@ -81,8 +81,9 @@ class SteppedOptions:
             self._first[place] = first[0] if first else _MISSING
             now = self._read(place)
             was = now if not left else left[0][0] if left[0] else _MISSING
-            are_tensors = isinstance(now, Tensor) and isinstance(was, Tensor)
-            self._left[place] = now if are_tensors and torch.equal(now.cpu(), was.cpu()) else was
+            if isinstance(now, Tensor) and isinstance(was, Tensor) and torch.equal(now.cpu(), was.cpu()):
+                was = now
+            self._left[place] = was
             for owner, value in own.items():
                 self._own.setdefault(owner, {})[place] = value[0] if value else _MISSING
 
