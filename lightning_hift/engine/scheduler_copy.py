@@ -63,7 +63,7 @@ def why_not_copied(scheduler: Any, optimizer: Optimizer) -> str | None:
     ahead = [scheduler]
     while ahead:
         value = ahead.pop()
-        if id(value) in seen or isinstance(value, (*_FIXED, Tensor)) and not isinstance(value, nn.Parameter):
+        if id(value) in seen or (isinstance(value, (*_FIXED, Tensor)) and not isinstance(value, nn.Parameter)):
             continue
         seen.add(id(value))
         if len(seen) > _MOST:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWei
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import lr_scheduler as schedulers
 
+from tests.matrices import crossed
 from tests.models import Automatic, ResumableLoader, as_published, assert_same_weights, tokens, trainer
 from tests.plugin.test_resume import assert_same_run
 
@@ -139,8 +140,7 @@ def assert_close(found, expected):
             assert first == {key: pytest.approx(value, rel=1e-12) for key, value in second.items()}, step
 
 
-@pytest.mark.parametrize("where", ["file", "hook"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "where"), crossed(CHANGES, ["file", "hook"]))
 def test_a_change_counts_from_there_on(change, where, tmp_path, caplog):
     name, changed = CHANGES[change]
     make = SCHEDULES[name]
@@ -167,9 +167,7 @@ def test_a_change_counts_from_there_on(change, where, tmp_path, caplog):
     assert caplog.text.count("not as the checkpoint was written") == held
 
 
-@pytest.mark.parametrize("hold_lr", ["replay", "once"])
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("cut", [8, 10])
+@pytest.mark.parametrize(("name", "cut", "hold_lr"), crossed(SCHEDULES, [8, 10], ["replay", "once"]))
 @pytest.mark.filterwarnings("ignore:hold_lr='once' takes one scheduler step per sweep")
 def test_what_was_not_changed_goes_on_as_it_was(name, hold_lr, cut, tmp_path, caplog):
     hift = {"hold_lr": hold_lr}
@@ -277,10 +275,11 @@ SWAPS = {
 }
 
 
-@pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("name", ["lambda", "exponential", "cosine"])
-@pytest.mark.parametrize("swap", SWAPS)
-@pytest.mark.parametrize("first", ["hift", "swap"])
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize(
+    ("swap", "name", "interval", "first"),
+    crossed(SWAPS, ["lambda", "exponential", "cosine"], ["epoch", "step"], ["hift", "swap"]),
+)
 def test_resumed_after_another_scheduler_took_over(swap, name, interval, first, tmp_path):
     def start(folder, path=None):
         model = Automatic(make_scheduler=SCHEDULES[name], interval=interval)

@@ -130,7 +130,9 @@ def test_a_finder_in_mid_run(tmp_path):
 
     lrs = fit(strategy="hift")
     assert len(lrs) > 27
-    with pytest.raises(RuntimeError, match="LearningRateFinder, which takes all other callbacks out .* strategy='hift'"):
+    with pytest.raises(
+        RuntimeError, match="LearningRateFinder, which takes all other callbacks out .* strategy='hift'"
+    ):
         fit()
 
 
