@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class Schedule:
 
     scheduler: Any
     once: bool = False
-    run: RunLength = RunLength()
+    run: RunLength = field(default_factory=RunLength)
     stepped_in: int = -1
 
     def why_not_foreseen(self, optimizer: Optimizer) -> str | None:

@@ -55,9 +55,10 @@ def copy_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) ->
 
 
 def why_not_copied(scheduler: Any, optimizer: Optimizer) -> str | None:
-    """What rules out that a copy of ``scheduler`` is stepped, in words: it could change something that is no part of it.
+    """What rules out that a copy of ``scheduler`` is stepped, in words: it could change what is no part of it.
 
-    A copy shares the code of the user's classes and functions. What that reaches may be read, as far as it tells.
+    A copy shares the code of the user's classes and functions. What that reaches beyond the scheduler may be read only,
+    which is taken from the code itself.
     """
     seen = {id(optimizer), id(optimizer.param_groups), *map(id, optimizer.param_groups)}
     ahead = [scheduler]
@@ -215,7 +216,7 @@ def _writes(function: FunctionType, operations: Iterable[str]) -> bool:
 
 
 def _is_installed(value: Any) -> bool:
-    """Whether a class, function or module comes with Python or an installed package, which are taken to keep nothing."""
+    """Whether a class, function or module comes with Python or with a package; these are taken to keep nothing."""
     if isinstance(value, FunctionType):
         return value.__code__.co_filename.startswith(_INSTALLED)
     name = value.__name__ if isinstance(value, ModuleType) else value.__module__

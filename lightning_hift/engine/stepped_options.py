@@ -74,7 +74,7 @@ class SteppedOptions:
         return [[*place, _listed(f), owned[place], _listed(self._left[place])] for place, f in self._first.items()]
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Take over a ``state_dict``, once ``param_groups`` are loaded. What was changed there counts for all groups."""
+        """Take over a ``state_dict``, once ``param_groups`` are loaded; what was changed in these counts for all."""
         self._first, self._own, self._left = {}, {}, {}
         for index, key, first, own, *left in state:
             place = (index, key)

@@ -27,9 +27,9 @@ class SweepLR:
 
     Args:
         scheduler: Any scheduler with ``step`` and ``state_dict``. Copies of it are stepped ahead. Where that is not
-            possible (``step`` needs an argument, such as a metric; it holds what cannot be copied, or changes what is no
-            part of it) a sweep uses the learning rate of its start, and a first sweep that would start with (nearly) 0
-            follows the scheduler.
+            possible (``step`` needs an argument, such as a metric; it holds what cannot be copied, or may change what
+            is no part of it) a sweep uses the learning rate of its start, and a first sweep that would start with
+            (nearly) 0 follows the scheduler.
         engine: The engine of the scheduler's optimizer.
         hold_lr: ``"replay"`` steps the scheduler as in plain training, so the schedule ends when it should. ``"once"``
             makes one step per sweep, as in the paper, and is for schedules that are sized in sweeps. Where that starts

@@ -104,8 +104,8 @@ class SweepRates:
             names = " and ".join(type(schedule.scheduler).__name__ for schedule in self.schedules)
             once = any(schedule.once for schedule in self.schedules)
             raise ValueError(
-                f"In this run of {total:g} optimizer steps {names} never reaches 1 % of the learning rate that was asked"
-                " for, so nothing would be learned. Make its warm-up shorter than the"
+                f"In this run of {total:g} optimizer steps {names} never reaches 1 % of the learning rate that was"
+                " asked for, so nothing would be learned. Make its warm-up shorter than the"
                 f" run{', use hold_lr=replay' if once else ''}, or train longer."
             )
 

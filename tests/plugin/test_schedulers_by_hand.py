@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -131,7 +132,7 @@ def test_a_finder_in_mid_run(tmp_path):
     lrs = fit(strategy="hift")
     assert len(lrs) > 27
     with pytest.raises(
-        RuntimeError, match="LearningRateFinder, which takes all other callbacks out .* strategy='hift'"
+        RuntimeError, match=r"LearningRateFinder, which takes all other callbacks out .* strategy='hift'"
     ):
         fit()
 
@@ -152,7 +153,7 @@ WAYS["torch.save"] = saved
 class Copies(pl.Callback):
     """Copies what a run holds, itself included, once: after a batch, or at the end of fit."""
 
-    found: list = []
+    found: ClassVar[list] = []
 
     def __init__(self, way, when):
         self.way, self.when = way, when
