@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal, get_args
 
@@ -77,6 +78,9 @@ class SweepLR:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _itself, (self._schedule.scheduler,)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._schedule.scheduler)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

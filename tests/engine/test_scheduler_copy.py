@@ -389,4 +389,7 @@ def test_copies_are_of_the_bare_scheduler(copied):
     held = SweepLR(schedulers.ExponentialLR(optimizer, 0.9), attach_published(model, optimizer))
     assert isinstance(held, schedulers.ExponentialLR)
     assert type(held) is SweepLR
-    assert type(copied(held)) is schedulers.ExponentialLR
+    bare = copied(held)
+    assert type(bare) is schedulers.ExponentialLR
+    bare.last_epoch = 7
+    assert held.last_epoch == 0

@@ -170,6 +170,7 @@ def test_all_is_that_of_plain_lightning(case, way):
     assert_same(run_of(WAYS[way](group_size=99), **CASES[case]), run_of({}, **CASES[case]))
 
 
+@pytest.mark.filterwarnings("error:.* comes by each layer group")
 @pytest.mark.parametrize("hold_lr", ["replay", "once", "off"])
 @pytest.mark.parametrize("name", ["warmup", "draws"])
 def test_steps_per_group_and_ways_to_hold_do_not_matter(name, hold_lr):
