@@ -229,7 +229,7 @@ def _mean_of(several: Sequence[Options]) -> Options:
 
 
 def _is_less(now: dict[str, Any], asked: float) -> bool:
-    return bool("lr" in now and now["lr"] < NEGLIGIBLE * asked)
+    return bool(now.get("lr") is not None and now["lr"] < NEGLIGIBLE * asked)
 
 
 def _number(value: Any) -> float:

@@ -97,6 +97,8 @@ class SweepRates:
         Raises:
             ValueError: No learning rate in it would reach 1 % of what was asked for.
         """
+        if not self.schedules:
+            return
         with self._released():
             forecast = self._forecast()
         if not forecast.is_blind and forecast.is_wasted():
