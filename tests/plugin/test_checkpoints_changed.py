@@ -276,6 +276,7 @@ SWAPS = {
 
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
     ("swap", "name", "interval", "first"),
     crossed(SWAPS, ["lambda", "exponential", "cosine"], ["epoch", "step"], ["hift", "swap"]),
