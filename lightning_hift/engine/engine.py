@@ -40,6 +40,7 @@ from lightning_hift.engine.row_slices import cut_into_turns
 from lightning_hift.engine.saving import Saving
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.stepper import Stepper, StepWatcher
+from lightning_hift.engine.sweep_rates import SweepRates
 from lightning_hift.groups.fingerprint import make_fingerprint
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy
@@ -177,10 +178,13 @@ class HiFTEngine:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        self.rates = SweepRates(optimizer, policy, lambda: self.step)
+        """The learning rates that a ``SweepLR`` holds within a sweep."""
         self._saving = Saving(
             optimizer,
             self._state,
             self._view.options,
+            self.rates,
             self.partition,
             self._position,
             self._fingerprint,
@@ -450,7 +454,8 @@ class HiFTEngine:
             raise RuntimeError(
                 "The optimizer was stepped behind the back of the Trainer, which bypasses precision, hooks and the step"
                 " count. In training_step, step what self.optimizers() returns (without use_pl_optimizer=False), and"
-                " nowhere else."
+                " nowhere else. Or a LearningRateFinder, which takes all other callbacks out of the Trainer, searches"
+                " in mid-run: use strategy='hift', whose optimizers go on without them."
             )
         self._stepper.begin(self._active_groups, self._active)
 
@@ -477,15 +482,6 @@ class HiFTEngine:
             self._stepper.hold_first(self._select())
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    @property
-    def held_schedulers(self) -> list[Any]:
-        """Each a ``SweepLR``, whose pending steps travel with the optimizer; may be changed."""
-        return self._saving.held_schedulers
-
-    def restore_held(self, scheduler: Any) -> None:
-        """Give a scheduler what the checkpoint that was loaded holds back for it, if no step was made since."""
-        self._saving.restore_held(scheduler)
 
     def gathered(
         self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from lightning_hift.engine.optimizer_state import OptimizerState, parameters_of
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.stepped_options import SteppedOptions
+from lightning_hift.engine.sweep_rates import SweepRates
 from lightning_hift.groups.fingerprint import check_fingerprint
 
 _KEY = "hift"  # of what a state_dict holds beside that of the optimizer's class
@@ -27,6 +27,7 @@ class Saving:
         optimizer: Whose.
         state: All of its state.
         counters: The counters in its ``param_groups``.
+        rates: The learning rates in there that are held.
         partition: Which of the state is kept in this process.
         position: The position: ``step``, and what the policy has ``learned``.
         fingerprint: Of what has to be the same where it is loaded.
@@ -39,16 +40,17 @@ class Saving:
         optimizer: Optimizer,
         state: OptimizerState,
         counters: SteppedOptions,
+        rates: SweepRates,
         partition: UndividedState,
         position: Callable[[], dict[str, Any]],
         fingerprint: Callable[[], dict[str, Any]],
         go_to: Callable[[Mapping[str, Any]], None],
         after_load: Callable[[], None],
     ) -> None:
-        self.held_schedulers: list[Any] = []
         self._optimizer = optimizer
         self._state = state
         self._counters = counters
+        self._rates = rates
         self._partition = partition
         self._position = position
         self._fingerprint = fingerprint
@@ -56,7 +58,7 @@ class Saving:
         self._after_load = after_load
         self._has_all_state = partition.world_size == 1
         self._num_owned = len(parameters_of(optimizer))
-        self._held_on_load: tuple[int, list[dict[str, Any]]] | None = None
+        self._rates_on_load: dict[str, Any] | None = None
         self._counters_on_load: list[Any] = []
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             optimizer.load_state_dict = self._load_own_format  # type: ignore[method-assign]  # it may call no hooks
@@ -78,17 +80,13 @@ class Saving:
         collected = self._state.collect()
         others = {k: v for k, v in state_dict["state"].items() if k not in range(self._num_owned)}
         state_dict["state"] = collected.state | others
-        for options in [options for s in self.held_schedulers if (options := s.caught_up_options())]:
-            for group, caught_up in zip(state_dict["param_groups"], options, strict=True):
-                for key, value in caught_up.items():
-                    is_tensor = isinstance(group[key], torch.Tensor)
-                    group[key] = torch.full_like(group[key], value) if is_tensor else value
+        self._rates.write_own(state_dict["param_groups"])
         state_dict[_KEY] = {
             **self._position(),
             "dtypes": collected.dtypes,
             "masters": collected.masters,
             "counters": self._counters.state_dict(),
-            "held": [s.held_state() for s in self.held_schedulers],
+            "rates": self._rates.state_dict(),
             **({} if self._has_all_state else {"part": [self._partition.rank, self._partition.world_size]}),
             **self._fingerprint(),
         }
@@ -107,7 +105,7 @@ class Saving:
         if position:
             check_fingerprint(position, self._fingerprint())
         rest = self._state.replace(state_dict, position.get("dtypes"), position.get("masters", {}))
-        self._held_on_load = (position["step"], position["held"]) if position else None
+        self._rates_on_load = position.get("rates")
         self._counters_on_load = position.get("counters", [])
         self._go_to(position)
         return {**{k: v for k, v in state_dict.items() if k != _KEY}, "state": rest}
@@ -123,22 +121,15 @@ class Saving:
         collected, owned = self._state.collect().state, parameters_of(self._optimizer)
         own: dict[str, Any] = type(self._optimizer).__getstate__(self._optimizer)
         state = {owned[i]: values for i, values in collected.items()}
-        return {**own, "state": defaultdict(dict, {**own["state"], **state})}
+        groups = [dict(group) for group in own["param_groups"]]
+        self._rates.write_own(groups)
+        return {**own, "state": defaultdict(dict, {**own["state"], **state}), "param_groups": groups}
 
     def _finish_load(self, optimizer: Optimizer) -> None:
         self._state.keep_apart()
         self._counters.load_state_dict(self._counters_on_load)
         self._after_load()
-        for scheduler in self.held_schedulers:
-            self.restore_held(scheduler)
-
-    def restore_held(self, scheduler: Any) -> None:
-        """Give a scheduler what the checkpoint that was loaded holds back for it, if no step was made since."""
-        if self._held_on_load is None or self._held_on_load[0] != self._position()["step"]:
-            return
-        index, held = self.held_schedulers.index(scheduler), self._held_on_load[1]
-        if index < len(held):
-            scheduler.restore_held(held[index])
+        self._rates.load_state_dict(self._rates_on_load)
 
     @contextmanager
     def gathered(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Iterator[None]:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,19 +66,24 @@ class SteppedOptions:
         self._own.pop(owner, None)
 
     def state_dict(self) -> list[Any]:
-        """Entries (index in ``param_groups``, key, [first value], {owner: [value]}); no value is an empty list."""
-        return [
-            [*place, _listed(first), {owner: _listed(v[place]) for owner, v in self._own.items() if place in v}]
-            for place, first in self._first.items()
-        ]
+        """Entries (index in ``param_groups``, key, [first value], {owner: [value]}, [value of the last step]).
+
+        No value is an empty list.
+        """
+        owned = {place: {o: _listed(v[place]) for o, v in self._own.items() if place in v} for place in self._first}
+        return [[*place, _listed(f), owned[place], _listed(self._left[place])] for place, f in self._first.items()]
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Take over a ``state_dict``, once ``param_groups`` are those that it was saved with."""
+        """Take over a ``state_dict``, once ``param_groups`` are loaded; what was changed in these counts for all."""
         self._first, self._own, self._left = {}, {}, {}
-        for index, key, first, own in state:
+        for index, key, first, own, *left in state:
             place = (index, key)
             self._first[place] = first[0] if first else _MISSING
-            self._left[place] = self._read(place)
+            now = self._read(place)
+            was = now if not left else left[0][0] if left[0] else _MISSING
+            if isinstance(now, Tensor) and isinstance(was, Tensor) and torch.equal(now.cpu(), was.cpu()):
+                was = now
+            self._left[place] = was
             for owner, value in own.items():
                 self._own.setdefault(owner, {})[place] = value[0] if value else _MISSING
 

@@ -29,7 +29,7 @@ from lightning_hift.engine.missed_turns import CAUSES
 from lightning_hift.engine.optimizer_groups import find_groups
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
-from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
+from lightning_hift.engine.sweep_lr import HoldLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.schedule import Order
 from lightning_hift.groups.selection import SelectionPolicy
@@ -358,7 +358,7 @@ class HiFTCallback(Callback):
         if self._budget is not None:
             self._budget.end_batch()
         assert self._rates is not None
-        self._rates.flush(SweepLR.flush)
+        self._rates.flush()
         for engine in self._engines:
             engine.settle_step()
             if (report := engine.first_sweep_report()) is not None:
@@ -379,7 +379,7 @@ class HiFTCallback(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._rates is not None
-        self._rates.flush(SweepLR.finish)
+        self._rates.finish()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.lr_forecast import SPANS_RUN
-from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, is_held
+from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, schedule_of
 from lightning_hift.plugin.run_length import run_length
 
 _LR_FINDER = "lightning.pytorch.tuner.lr_finder"  # whose schedulers try a learning rate at each step
@@ -40,12 +40,12 @@ class HeldRates:
         if self._hold_lr == "off":
             return
         configs = self._trainer.strategy.lr_scheduler_configs
-        in_use = {id(config.scheduler) for config in configs}
+        in_use = [schedule for config in configs if (schedule := schedule_of(config.scheduler)) is not None]
         for engine in self._engines:
-            engine.held_schedulers[:] = [s for s in engine.held_schedulers if id(s) in in_use]
+            engine.rates.keep(in_use)
         for config in configs:
             owner = self._owner_of(config)
-            if owner is None or is_held(config.scheduler) or type(config.scheduler).__module__ == _LR_FINDER:
+            if owner is None or len(owner.groups) == 1 or not _can_be_held(config.scheduler):
                 continue
             config.scheduler = cast(Any, SweepLR(config.scheduler, owner, self._hold_lr))
             if self._knows_length:
@@ -56,17 +56,26 @@ class HeldRates:
         trainer = self._trainer
         self.total_steps = run_length(trainer, len(self._engines)).total_steps
         self._knows_length = True
+        self.hold()
         for config in trainer.strategy.lr_scheduler_configs:
-            if is_held(config.scheduler):
+            if schedule_of(config.scheduler) is not None:
                 self._expect(config)
-                if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
-                    cast(Any, config.scheduler).refuse_waste()
+        for rates in (engine.rates for engine in self._engines):
+            if trainer.global_step == 0 and not cast(Any, trainer).fast_dev_run:
+                rates.refuse_waste()
+            if rates.changes:
+                rank_zero_info(
+                    f"HiFT: {', '.join(rates.changes)}: not as the checkpoint was written. That counts from now on, in"
+                    " the place of what was held for the rest of the sweep."
+                )
+            for scheduler in rates.unforeseen:
+                rank_zero_info(f"HiFT: {scheduler}, so each sweep has the learning rate of its start.")
 
     def warn_about_single_steps(self) -> None:
         """Warn of schedules of which ``hold_lr="once"`` leaves out most."""
         for config in self._trainer.strategy.lr_scheduler_configs if self._hold_lr == "once" else ():
             spans_run = getattr(config.scheduler, SPANS_RUN, False)
-            if not is_held(config.scheduler) or config.interval != "step" or spans_run:
+            if schedule_of(config.scheduler) is None or config.interval != "step" or spans_run:
                 continue
             length, total = cast(HiFTEngine, self._owner_of(config)).policy.steps_per_sweep, self.total_steps
             if length > 1:
@@ -78,11 +87,15 @@ class HeldRates:
                     " schedule in sweeps, or use hold_lr='replay'."
                 )
 
-    def flush(self, flush: Callable[[SweepLR], None]) -> None:
-        """Call ``flush`` of each scheduler that is in use."""
-        for config in self._trainer.strategy.lr_scheduler_configs:
-            if is_held(config.scheduler):
-                flush(cast(SweepLR, config.scheduler))
+    def flush(self) -> None:
+        """Choose the learning rates of sweeps that have begun."""
+        for engine in self._engines:
+            engine.rates.flush()
+
+    def finish(self) -> None:
+        """Let the schedulers' learning rates be in force: the run ends here."""
+        for engine in self._engines:
+            engine.rates.finish()
 
     def _owner_of(self, config: Any) -> HiFTEngine | None:
         return next((engine for engine in self._engines if engine.optimizer is config.scheduler.optimizer), None)
@@ -91,3 +104,8 @@ class HeldRates:
         engine = cast(HiFTEngine, self._owner_of(config))
         before = self._trainer.global_step // len(self._engines) - engine.step
         config.scheduler.expect(run_length(self._trainer, len(self._engines), config, before))
+
+
+def _can_be_held(scheduler: Any) -> bool:
+    is_held = schedule_of(scheduler) is not None
+    return not is_held and type(scheduler).__module__ != _LR_FINDER and callable(getattr(scheduler, "step", None))

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_hift.engine.lr_forecast import RunLength
+from lightning_hift.plugin.module import HiFTModule
 
 
 def run_length(trainer: pl.Trainer, num_optimizers: int = 1, config: Any = None, before: int = 0) -> RunLength:
@@ -33,6 +34,11 @@ def run_length(trainer: pl.Trainer, num_optimizers: int = 1, config: Any = None,
         total = min(total, trainer.max_steps / num_optimizers)
     calls_by = _calls_by(config, per_epoch, window, batches)
     by_epoch = config is not None and config.interval == "epoch"
+    if (
+        not module.automatic_optimization
+        and getattr(type(module), "training_step", None) is not HiFTModule.training_step
+    ):
+        return RunLength(total - before, None, is_whole=by_epoch)  # its scheduler is stepped by hand, nobody knows when
     return RunLength(total - before, lambda step: calls_by(step + before), is_whole=by_epoch)
 
 

@@ -133,7 +133,7 @@ def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOp
                 f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
                 f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
             )
-        elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
+        elif asks_for_turns and len(engine.groups) > 1 and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
             rank_zero_warn(
                 f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
                 f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={chosen.group_size!r} and"

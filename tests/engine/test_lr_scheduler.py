@@ -137,19 +137,24 @@ def test_no_schedule_is_stepped_past_its_total():
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 4
 
 
-def test_plain_loop_makes_up_right_after_the_last_step_of_a_sweep():
+def test_in_a_plain_loop_the_scheduler_goes_on_while_its_learning_rate_is_held():
     model = Net()
     optimizer = adamw(model.parameters())
     engine = attach_published(model, optimizer)
     scheduler = SweepLR(schedulers.ExponentialLR(optimizer, 0.5), engine)
-    lrs = []
+    lrs, last = [], []
     for batch in tokens(11):
+        lrs.append(optimizer.param_groups[0]["lr"])
         next_token_loss(model, batch).backward()
         optimizer.step()
         scheduler.step()
-        lrs.append(scheduler.get_last_lr()[0])
-    assert lrs == [0.01] * 4 + [0.01 / 32] * 5 + [0.01 / 1024] * 2
+        last.append(scheduler.get_last_lr()[0])
+    held = sweep_means(lambda step: 0.01 * 0.5**step, 5)
+    assert lrs == [held(step) for step in range(11)]
+    assert last == [0.01 * 0.5 ** (step + 1) for step in range(11)]
+    assert optimizer.param_groups[0]["lr"] == lrs[-1]
     scheduler.finish()
+    assert optimizer.param_groups[0]["lr"] == last[-1]
     assert scheduler.last_epoch == 11
 
 
@@ -161,7 +166,7 @@ def test_state_round_trip(name, cut, finished):
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         engine = attach_published(model, optimizer)
-        return model, optimizer, SweepLR(SCHEDULES[name](optimizer), engine, steps_ahead=STEPS)
+        return model, optimizer, SweepLR(SCHEDULES[name](optimizer), engine, total_steps=STEPS)
 
     def steps(model, optimizer, scheduler, batches):
         lrs = []
