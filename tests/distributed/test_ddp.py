@@ -1,11 +1,14 @@
 """Data parallel: several processes against one process on the joined batch."""
 
 import os
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -173,6 +176,42 @@ def test_resumes_bit_for_bit_and_with_another_number_of_processes(two, tmp_path)
         torch.testing.assert_close(value, whole[0][name], rtol=0, atol=1e-4)
     saved = torch.load(tmp_path / "7.ckpt", weights_only=True)
     assert len(saved["optimizer_states"][0]["state"]) == len(whole[0])
+
+
+class Drawing(Automatic):
+    """Draws from three sources of random numbers, in each process from others."""
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.rand(()) + np.random.rand() + random.random()
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * noise)
+
+
+def run_drawing(strategy, path=None, resumed=None):
+    """Epochs of 5 steps over a shuffled loader; a checkpoint after each of the first 7."""
+    rank = int(os.environ["LOCAL_RANK"])
+    seed = 10 * (resumed is None) + rank
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+    model = Drawing(sgd)
+    writer = [] if path is None else [ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)]
+    run = trainer(
+        strategy=strategy,
+        devices=2,
+        callbacks=[as_published(), *writer],
+        max_epochs=2,
+        enable_checkpointing=bool(writer),
+    )
+    batches = DataLoader(rows(5, 2), batch_size=ROWS, shuffle=True)
+    run.fit(model, batches, ckpt_path=resumed, weights_only=None if resumed is None else True)
+    return weights(model)
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_each_process_goes_on_with_its_own_random_numbers(step, two, tmp_path):
+    whole = succeeded(two.run(run_drawing, "hift_ddp", tmp_path))
+    path = tmp_path / f"step={step}.ckpt"
+    resumed = succeeded(two.run(run_drawing, "hift_ddp", None, path))
+    for here, there in zip(whole, resumed, strict=True):
+        assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
