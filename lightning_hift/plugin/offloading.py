@@ -83,8 +83,9 @@ class OffloadingStrategy(Strategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
-        if find_callback(model.trainer) is None:
-            model.trainer.callbacks.insert(0, HiFTCallback())  # type: ignore[attr-defined]
+        trainer = model._trainer  # none, or another one, where a model is connected by hand, to save or to load
+        if trainer is not None and trainer.strategy is self and find_callback(trainer) is None:
+            trainer.callbacks.insert(0, HiFTCallback())  # type: ignore[attr-defined]
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -149,8 +150,10 @@ class OffloadingStrategy(Strategy):
 
     def _engines_without_callback(self) -> Sequence[HiFTEngine]:
         """Engines that no callback drives: the learning-rate finder takes all callbacks out for a while."""
+        if self._hift is None:
+            return ()
         assert self.lightning_module is not None
-        if self._hift is None or self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+        if self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
             return ()
         return self._hift.engines
 
