@@ -38,7 +38,7 @@ from lightning_hift.engine.row_slices import cut_into_turns
 from lightning_hift.engine.saving import Saving
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.stepper import Stepper, StepWatcher
-from lightning_hift.groups.fingerprint import make_fingerprint
+from lightning_hift.groups.fingerprint import find_differences, find_root, make_fingerprint
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.offloader import StateOffloader
@@ -73,6 +73,7 @@ class HiFTEngine:
         lr_scale: By what to multiply the learning rate while a layer group is stepped, or ``"auto"``, by how rarely it
             trains; see ``lr_scales``. Always-active units are stepped with the learning rate as it is.
         partition: Which process keeps and steps what; default: this one everything. See ``StatePartition``.
+        root: Path of the module of the model that holds all its parameters; see ``find_root``.
 
     Raises:
         ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
@@ -96,6 +97,7 @@ class HiFTEngine:
         max_group_numel: int | None = None,
         lr_scale: LRScale = 1.0,
         partition: UndividedState | None = None,
+        root: str = "",
     ) -> None:
         check_optimizer(optimizer)
         self.partition = partition or UndividedState()
@@ -112,6 +114,7 @@ class HiFTEngine:
         for unit in (*(unit for group in self.groups for unit in group.units), *self.always_active):
             self.parameters |= unit.parameters
         self.step = 0
+        self._root = root
         self._advance_on_step = advance_on_step
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
         self.lr_scales = lr_scales_for(optimizer, lr_scale, policy, len(self.groups))
@@ -507,14 +510,14 @@ class HiFTEngine:
                 "This optimizer is already under HiFT. Use one engine per optimizer, and close it before attaching the"
                 " next one."
             )
-        if other._fingerprint() == self._fingerprint():
+        if not find_differences(other._fingerprint(), self._fingerprint()):
             self.step = other.step
             self._forget_proof()
             self.policy.load_state_dict(other.policy.state_dict())
         other._hand_back(to_device=False)
 
     def _fingerprint(self) -> dict[str, Any]:
-        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales)
+        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales, self._root)
 
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""
@@ -588,6 +591,7 @@ def attach_engines(
                 options.max_group_numel,
                 options.scale,
                 partition,
+                find_root(name for name, _ in model.named_parameters()),
             )
             engines.append(engine)
     except BaseException:
