@@ -136,6 +136,13 @@ class OffloadingStrategy(Strategy):
             engine.activate()
 
     @override
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._engines_without_callback() and not closure_loss.requires_grad and not closure_loss.is_inference():
+            # The active group has no part in this loss, so nothing is updated. Whether it ever has one is asked in fit.
+            closure_loss.requires_grad_(True)
+
+    @override
     def optimizer_step(
         self,
         optimizer: Optimizer,
