@@ -434,6 +434,9 @@ class HiFTEngine:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
+        if not self._view.is_shown:
+            self._refuse_uncalled_closure()
+            return
         self._stepper.end(self.at_sweep_start)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
@@ -447,6 +450,13 @@ class HiFTEngine:
         following = self._select()
         if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
             self._stepper.hold_first(following)
+
+    def _refuse_uncalled_closure(self) -> None:
+        if any(p.grad is not None for p in self._active):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step was given a closure and stepped without calling it, so it had no"
+                " optimizer state. Let it call the closure first, or give it none."
+            )
 
     def _switch(self, name: str) -> None:
         self._stepper.switch(name)
