@@ -49,7 +49,7 @@ def test_callbacks_that_unfreeze_later_are_refused_at_once(way, kind, from_modul
 @pytest.mark.parametrize(
     "finder", [LearningRateFinder(num_training_steps=12), BatchSizeFinder(max_trials=2, steps_per_trial=10)]
 )
-def test_finders_pass_over_a_layer_that_the_loss_does_not_reach(finder):
+def test_finders_pass_over_a_layer_that_the_loss_does_not_reach(finder, tmp_path):
     class Unused(Automatic):
         def __init__(self):
             super().__init__()
@@ -66,7 +66,8 @@ def test_finders_pass_over_a_layer_that_the_loss_does_not_reach(finder):
             return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
     with pytest.raises(RuntimeError, match=r"net.spare.0.*frozen=\[...\]"):  # in the run itself, which is after it
-        trainer(strategy="hift", callbacks=[as_published(), finder], max_epochs=2).fit(Unused())
+        options = {"callbacks": [as_published(), finder], "max_epochs": 2, "default_root_dir": tmp_path}
+        trainer(strategy="hift", **options).fit(Unused())
     if isinstance(finder, LearningRateFinder):
         assert len(finder.optimal_lr.results["lr"]) == 12
     else:
