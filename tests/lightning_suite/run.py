@@ -114,7 +114,7 @@ def report(root):
     results = {variant: records for variant in VARIANTS if variant != "plain" and (records := read(variant))}
     reasons = {
         variant: {
-            name: explain(name, record.get("error", record["outcome"]))
+            name: explain(f"{variant}: {name}", record.get("error", record["outcome"]))
             for name, record in records.items()
             if record["outcome"] != "passed"
         }
