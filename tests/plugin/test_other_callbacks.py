@@ -65,9 +65,9 @@ def test_finders_pass_over_a_layer_that_the_loss_does_not_reach(finder, tmp_path
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
+    run = trainer(strategy="hift", callbacks=[as_published(), finder], max_epochs=2, default_root_dir=tmp_path)
     with pytest.raises(RuntimeError, match=r"net.spare.0.*frozen=\[...\]"):  # in the run itself, which is after it
-        options = {"callbacks": [as_published(), finder], "max_epochs": 2, "default_root_dir": tmp_path}
-        trainer(strategy="hift", **options).fit(Unused())
+        run.fit(Unused())
     if isinstance(finder, LearningRateFinder):
         assert len(finder.optimal_lr.results["lr"]) == 12
     else:
