@@ -41,7 +41,7 @@ from lightning_hift.engine.saving import Saving
 from lightning_hift.engine.state_partition import UndividedState
 from lightning_hift.engine.stepper import Stepper, StepWatcher
 from lightning_hift.engine.sweep_rates import SweepRates
-from lightning_hift.groups.fingerprint import make_fingerprint
+from lightning_hift.groups.fingerprint import find_differences, find_root, make_fingerprint
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy
 from lightning_hift.offload.offloader import StateOffloader
@@ -78,6 +78,7 @@ class HiFTEngine:
         lr_scale: By what to multiply the learning rate while a layer group is stepped, or ``"auto"``, by how rarely it
             trains; see ``lr_scales``. Always-active units are stepped with the learning rate as it is.
         partition: Which process keeps and steps what; default: this one everything. See ``StatePartition``.
+        root: Path of the module of the model that holds all its parameters; see ``find_root``.
 
     Raises:
         ValueError: The groups do not hold the optimizer's trainable parameters exactly; masters are asked for weights
@@ -101,6 +102,7 @@ class HiFTEngine:
         max_group_numel: int | None = None,
         lr_scale: LRScale = 1.0,
         partition: UndividedState | None = None,
+        root: str = "",
     ) -> None:
         check_optimizer(optimizer)
         self.partition = partition or UndividedState()
@@ -117,6 +119,7 @@ class HiFTEngine:
         for unit in (*(unit for group in self.groups for unit in group.units), *self.always_active):
             self.parameters |= unit.parameters
         self.step = 0
+        self._root = root
         self._advance_on_step = advance_on_step
         self._shapes = {name: p.shape for name, p in self.parameters.items()}
         self._needs_gradient: bool = getattr(optimizer, "needs_gradient", True)  # zeroth-order ones do not
@@ -462,6 +465,9 @@ class HiFTEngine:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or _is_nested(optimizer):
             return
+        if not self._view.is_shown:
+            self._refuse_uncalled_closure()
+            return
         self._stepper.end(self.at_sweep_start)
         self._step_announced = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
@@ -475,6 +481,13 @@ class HiFTEngine:
         following = self._select()
         if self.policy.state_handling == "keep" or following == self._active_groups:  # else activate drops it
             self._stepper.hold_first(following)
+
+    def _refuse_uncalled_closure(self) -> None:
+        if any(p.grad is not None for p in self._active):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step was given a closure and stepped without calling it, so it had no"
+                " optimizer state. Let it call the closure first, or give it none."
+            )
 
     def _switch(self, name: str) -> None:
         self._stepper.switch(name)
@@ -531,14 +544,14 @@ class HiFTEngine:
                 "This optimizer is already under HiFT. Use one engine per optimizer, and close it before attaching the"
                 " next one."
             )
-        if other._fingerprint() == self._fingerprint():
+        if not find_differences(other._fingerprint(), self._fingerprint()):
             self.step = other.step
             self._forget_proof()
             self.policy.load_state_dict(other.policy.state_dict())
         other._hand_back(to_device=False)
 
     def _fingerprint(self) -> dict[str, Any]:
-        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales)
+        return make_fingerprint(self.policy, self.groups, self.always_active, self.lr_scales, self._root)
 
     def _hand_back(self, to_device: bool = True) -> None:
         """Give the optimizer all its state and leave it alone from now on."""
@@ -612,6 +625,7 @@ def attach_engines(
                 options.max_group_numel,
                 options.scale,
                 partition,
+                find_root(name for name, _ in model.named_parameters()),
             )
             engines.append(engine)
             if advance_on_step:

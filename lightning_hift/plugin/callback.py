@@ -14,7 +14,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -50,6 +49,7 @@ from lightning_hift.plugin.run_words import (
     warn_about_rounding,
 )
 from lightning_hift.plugin.step_values import StepValues
+from lightning_hift.plugin.trainer_checks import check_trainer
 
 _DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 _MANY = 100  # micro-batches per step, beyond which something is wrong
@@ -189,16 +189,7 @@ class HiFTCallback(Callback):
             trainer.strategy.checkpoint_io = StreamingCheckpointIO()
         if stage != "fit":
             return
-        if sum(isinstance(callback, HiFTCallback) for callback in cast(Any, trainer).callbacks) > 1:
-            raise MisconfigurationException("Got more than one HiFTCallback; a Trainer takes one.")
-        strategy = trainer.strategy
-        on_one_device = isinstance(strategy, SingleDeviceStrategy) and not isinstance(strategy, SingleDeviceXLAStrategy)
-        if not on_one_device and not hasattr(strategy, "engine_options"):
-            raise MisconfigurationException(
-                f"HiFTCallback does not work with {type(strategy).__name__}: it would train the wrong parameters, or"
-                " reduce gradients that do not exist, without an error. Use strategy='hift' on one device and"
-                " strategy='hift_ddp' on several, or 'hift_fsdp' if the weights do not fit on one."
-            )
+        check_trainer(trainer, HiFTCallback)
         self._engines = []
         self._running = False
         self._turns_on_load = None

@@ -83,8 +83,9 @@ class OffloadingStrategy(Strategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
-        if find_callback(model.trainer) is None:
-            model.trainer.callbacks.insert(0, HiFTCallback())  # type: ignore[attr-defined]
+        trainer = model._trainer  # none, or another one, where a model is connected by hand, to save or to load
+        if trainer is not None and trainer.strategy is self and find_callback(trainer) is None:
+            trainer.callbacks.insert(0, HiFTCallback())  # type: ignore[attr-defined]
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -135,6 +136,13 @@ class OffloadingStrategy(Strategy):
             engine.activate()
 
     @override
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._engines_without_callback() and not closure_loss.requires_grad and not closure_loss.is_inference():
+            # The active group has no part in this loss, so nothing is updated. Whether it ever has one is asked in fit.
+            closure_loss.requires_grad_(True)
+
+    @override
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -149,8 +157,10 @@ class OffloadingStrategy(Strategy):
 
     def _engines_without_callback(self) -> Sequence[HiFTEngine]:
         """Engines that no callback drives: the learning-rate finder takes all callbacks out for a while."""
+        if self._hift is None:
+            return ()
         assert self.lightning_module is not None
-        if self._hift is None or self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+        if self._hift in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
             return ()
         return self._hift.engines
 

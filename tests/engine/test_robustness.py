@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
@@ -317,9 +318,33 @@ def test_compiled_and_plain_module_share_checkpoints():
     resumed = attach_published(
         other, optimizer, units=["_orig_mod.embedding", "_orig_mod.blocks.*", ["_orig_mod.norm", "_orig_mod.head"]]
     )
-    saved["hift"]["units"] = [(name.replace("head", "norm"), p) for name, p in saved["hift"]["units"]]
     optimizer.load_state_dict(saved)
     assert resumed.step == 0
+
+
+class Forgetful(torch.optim.SGD):
+    """Loses its closure."""
+
+    def step(self, closure=None):
+        return super().step()
+
+
+def test_a_closure_that_is_never_called():
+    class Module(Automatic):
+        def configure_optimizers(self):
+            return Forgetful(self.parameters(), lr=0.1)
+
+    for options in ({}, {"strategy": "hift"}):  # Lightning's own error, as without HiFT
+        with pytest.raises(MisconfigurationException, match="The closure hasn't been executed"):
+            trainer(**options).fit(Module(), loader(2))
+
+    net = Net()
+    engine = attach_published(net, Forgetful(net.parameters(), lr=0.1))
+    engine.optimizer.step(lambda: None)
+    assert engine.step == 0  # nothing was stepped
+    next_token_loss(net, tokens(1)[0]).backward()
+    with pytest.raises(RuntimeError, match=r"Forgetful\.step was given a closure and stepped without calling it"):
+        engine.optimizer.step(lambda: None)
 
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
