@@ -33,7 +33,7 @@ class EachParameter(SweepSchedule):
         return [LayerUnit(name, unit.modules, {name: p}) for name, p in unit.parameters.items()]
 
 
-WHOLE = {"group_size": 10**6, "steps_per_group": 1, "always_active": []}
+WHOLE = {"group_size": 10**6, "always_active": []}
 OPTIONS = {
     "strategy": WHOLE,
     "callback": WHOLE,
