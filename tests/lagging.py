@@ -135,7 +135,7 @@ class LaggingStream:
 
 def _reopened(tensor: Tensor) -> Callable[[torch.UntypedStorage], Tensor]:
     dtype, offset, size, stride = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
-    return lambda storage: torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+    return lambda storage: torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
 
 
 class LaggingDevice:
