@@ -188,7 +188,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
 
 def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
     taken: set[int] = set()
-    found = [_unit(name, parts, wanted, taken) for name, parts in search_units(model)]
+    found = [_unit(name, parts, wanted, taken) for name, parts in search_units(model, wanted)]
     return _join_bare_norms([unit for unit in found if unit.parameters], model)
 
 
