@@ -1,6 +1,7 @@
 """Lists of layers that a forward pass uses in turns: ``for layer, norm in zip(self.layers, self.norms)``.
 
-The i-th members of such lists belong together, and what the loop does to its result besides belongs to its first pass.
+The i-th members of such lists belong together. What a loop uses again in each pass has its place in the first one: with
+what is first in the lists, or behind it where it is a layer of its own.
 """
 
 from __future__ import annotations
@@ -43,8 +44,19 @@ def steps_in_forward_order(module: nn.Module) -> list[Step]:
             before, after = _split(members, outer)
             members = {**before, **inside, **after}
         turns.update({holder: [] for holder in holders})
-        turns[next(path for path in members if path in holders)] = [Step(t, True) for t in _turns(together.values())]
+        lists = [series for series in together.values() if not _is_layer(series)]
+        first, *rest = [Step(turn, True) for turn in _turns(lists)]
+        layers = [Step(series, False) for series in together.values() if _is_layer(series)]
+        turns[next(path for path in members if path in holders)] = [first, *layers, *rest]
     return [step for path, member in members.items() for step in turns.get(path, [Step([(path, member)], False)])]
+
+
+def _is_layer(series: _Named) -> bool:
+    """Whether it is a single layer with a matrix, which is large enough to be a unit."""
+    ((_, member), *others) = series
+    return not others and any(
+        p.ndim > 1 for p in ([member] if isinstance(member, nn.Parameter) else member.parameters())
+    )
 
 
 def _turns(lists: Collection[_Named]) -> list[_Named]:

@@ -229,6 +229,13 @@ def _path(node: ast.AST, root: str = "self") -> tuple[str, ...] | None:
     return None if base is None or name is None or not name.strip("*") else (*base, name)
 
 
+def _looks_inside(node: ast.AST) -> bool:
+    """Whether a path ends in an attribute, or in what is in it."""
+    inner = node.value if isinstance(node, ast.Subscript) else node
+    is_deep = isinstance(inner, (ast.Attribute, _Member)) and len(_path(inner) or ()) > 1
+    return is_deep or (isinstance(inner, ast.Subscript) and _looks_inside(inner))
+
+
 def _pattern(node: ast.AST) -> str | None:
     """A name as far as it is written out, with ``*`` for the rest; ``None`` if nothing is."""
     if isinstance(node, ast.Constant) and type(node.value) in (str, int):

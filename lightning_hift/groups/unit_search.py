@@ -186,13 +186,13 @@ def _siblings(module: nn.Module) -> list[nn.Module]:
 def _is_stage(module: nn.Module) -> bool:
     """Whether a stack's child is only a wrapper of further blocks, like a stage of a Swin transformer or of a ResNet.
 
-    Experts and attention heads in a list are parallel parts of one block: unlike blocks, they have no norm of their
-    own. The parts of a block, attention and MLP each with its norm, may be in a list, too, but differ in class.
+    Experts and attention heads are parallel parts of one block: unlike blocks, they have no norm of their own. The
+    parts of a block, attention and MLP each with its norm, may be in a list, too, but differ in class.
     """
     if _is_stack(module):
         return any(is_block(child) for child in module.children())
-    listed = [block for child in module.children() if _is_stack(child) for block in child.children()]
-    blocks = [*_siblings(module), *filter(_is_block_with_norm, listed)]
+    stacks = [_siblings(module), *(list(child.children()) for child in module.children() if _is_stack(child))]
+    blocks = [block for stack in stacks for block in stack if _is_block_with_norm(block)]
     most = _MOST * _numel(module)
     if max(Counter(map(type, blocks)).values(), default=0) > 1 and sum(map(_numel, blocks)) >= most:
         return True

@@ -29,7 +29,7 @@ def package(name: str) -> ModuleType:
 
 
 def can_be_divided(model: nn.Module, unit: LayerUnit) -> bool:
-    """Whether two separate parts of a unit have both several layers with weights and norms; an embedding never can."""
+    """Whether two parts that count have both several layers with weights, and norms; an embedding never can."""
     if unit.name == "embedding":
         return False
     parts: list[str] = []
@@ -37,7 +37,8 @@ def can_be_divided(model: nn.Module, unit: LayerUnit) -> bool:
         layers = [m for m in module.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
         has_norm = any("norm" in type(m).__name__.lower() for m in module.modules())
         is_inside = any(path == top or path.startswith(f"{top}.") for top in unit.modules)
-        if is_inside and len(layers) > 1 and has_norm:
+        counts = sum(p.numel() for p in module.parameters()) > 0.1 * unit.numel
+        if is_inside and len(layers) > 1 and has_norm and counts:
             parts.append(path)
     innermost = [a for a in parts if not any(b.startswith(f"{a}.") for b in parts)]
     return len(innermost) > 1
