@@ -75,11 +75,8 @@ class _Reader:
             if isinstance(node, ast.Call):
                 self._called.add(node.func)
             if path := _path(node):
-                called = node in self._called
-                passing = (
-                    len(path) > 1 if isinstance(node, ast.Attribute) else isinstance(node, ast.Call) and not called
-                )
-                yield Use(path, passing, called=called)
+                passing = _looks_inside(node)
+                yield Use(path, passing, called=node in self._called)
                 children = ()
                 yield from (use._replace(passing=use.passing or passing) for use in self.uses_in_method(path[0]))
             elif isinstance(node, ast.Attribute) and _is_super(node.value):
