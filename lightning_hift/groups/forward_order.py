@@ -75,7 +75,7 @@ def uses_of(module: nn.Module) -> tuple[Use, ...]:
             f"The source of {cls.__name__}.{problem}. The order of its layers is taken to be that in which"
             f" they were registered ({', '.join(list(module._modules)[:4])}, ...); if that is not the order in which"
             " they are used, name them in units=[...].",
-            stacklevel=2,
+            stacklevel=1,  # the same place for all callers: Python shows it once
         )
     return uses
 
