@@ -43,6 +43,8 @@ def steps_in_forward_order(module: nn.Module) -> list[Step]:
             inside = {f"{outer}.{name}": member for name, member in own_members(members[outer]).items()}
             before, after = _split(members, outer)
             members = {**before, **inside, **after}
+        if not all(holder in members for holder in holders):
+            continue  # a list in a list of an earlier loop
         turns.update({holder: [] for holder in holders})
         lists = [series for series in together.values() if not _is_layer(series)]
         first, *rest = [Step(turn, True) for turn in _turns(lists)]
