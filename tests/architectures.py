@@ -709,7 +709,7 @@ HANDWRITTEN = [
         ("inside.weight",),
         ("outside.weight",),
     ),
-    Architecture("nn.ParameterList", ListOfParameters, ("ListOfParameters",), ("weights.0", "weights.2", "scale")),
+    Architecture("nn.ParameterList", ListOfParameters, ("weights.*3",), ("weights.0",), ("weights.2", "scale")),
     Architecture("actor", Actor, ("net.0", "net.2"), ("net.0.weight",), ("net.2.weight", "log_std")),
     Architecture("siamese", Siamese, ("embedding", "left.1", "left.2", "head"), ("left.0.weight",), ("score.weight",)),
 ]

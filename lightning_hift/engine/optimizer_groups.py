@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -93,7 +94,7 @@ def _split(unit: LayerUnit, policy: SelectionPolicy) -> list[LayerUnit]:
             f"{type(policy).__name__}.split_unit divides the layer unit {unit.name} into parts with the parameters"
             f" {names[:8]}; they must be those of the unit, each once."
         )
-    return parts
+    return [replace(part, place=unit.place) for part in parts]
 
 
 def select_frozen(model: nn.Module, frozen: Sequence[str] | str | None) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -29,11 +29,13 @@ class LayerUnit:
         name: ``"embedding"``, ``"head"`` or the path of the unit's first module.
         modules: Paths of the modules and bare parameters that make up the unit, in forward order.
         parameters: Trainable parameters by their full name.
+        place: How many units are below it, nearer to the input.
     """
 
     name: str
     modules: tuple[str, ...]
     parameters: dict[str, nn.Parameter]
+    place: int = 0
 
     @property
     def numel(self) -> int:
@@ -44,6 +46,13 @@ class LayerUnit:
     def nbytes(self) -> int:
         """Bytes of the trainable parameters."""
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    @property
+    def may_reach_down(self) -> bool:
+        """Whether it has norms of a list, which a loop that is not to be seen may use between the blocks."""
+        listed = [path + "." for path in self.modules if path.rpartition(".")[2].isdigit()]
+        parts = [[p for name, p in self.parameters.items() if name.startswith(path)] for path in listed]
+        return sum(bool(part) and all(p.ndim < 2 for p in part) for part in parts) > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +108,7 @@ def find_layer_units(
         )
     found = _units_from_patterns(model, units, wanted) if units is not None else _units_from_tree(model, wanted)
     _check_partition(model, found, wanted)
-    return found
+    return [replace(unit, place=i) for i, unit in enumerate(found)]
 
 
 def group_units(units: Sequence[LayerUnit], group_size: GroupSize = 1) -> list[LayerGroup]:
@@ -188,7 +197,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
 
 def _units_from_tree(model: nn.Module, wanted: set[int]) -> list[LayerUnit]:
     taken: set[int] = set()
-    found = [_unit(name, parts, wanted, taken) for name, parts in search_units(model)]
+    found = [_unit(name, parts, wanted, taken) for name, parts in search_units(model, wanted)]
     return _join_bare_norms([unit for unit in found if unit.parameters], model)
 
 

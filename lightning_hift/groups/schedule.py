@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from lightning_hift.groups.grouping import LayerGroup, LayerUnit
 from lightning_hift.groups.selection import SelectionPolicy, StateHandling, check_state_handling
+from lightning_hift.groups.unit_search import HEAD
 
 Order = Literal["bottom2up", "top2down", "random"]
 
@@ -32,7 +33,7 @@ class SweepSchedule(SelectionPolicy):
         state_handling: ``"keep"`` the optimizer state of a group for its next turn, or ``"reset"`` it after each turn.
         per_unit: Let ``steps_per_group`` count for each layer unit of a group: groups of many units have longer turns.
         small_head: Let the head train at every step, unless the user names others, if it has at most an eighth of the
-            parameters of the largest unit: the head of a classifier does, that of a language model does not.
+            parameters of the largest unit, as that of a classifier has, and nothing of it is used below the top.
         turns: Length of each group's turn, as a multiple of ``steps_per_group``; default: 1 each. ``bound_to`` sets it.
 
     Raises:
@@ -90,7 +91,8 @@ class SweepSchedule(SelectionPolicy):
     def choose_always_active(self, units: Sequence[LayerUnit]) -> list[LayerUnit]:
         """See ``SelectionPolicy``."""
         most = max((unit.numel for unit in units), default=0) / 8 if self.small_head else 0
-        return [unit for unit in units if unit.name == "head" and unit.numel <= most]
+        top = [unit for unit in units[-1:] if unit.name == HEAD and not unit.may_reach_down]
+        return [unit for unit in top if unit.numel <= most]
 
     def share_of(self, index: int) -> float:
         """See ``SelectionPolicy``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_hift.groups.forward_order import members_in_forward_order
+from lightning_hift.groups.source_uses import read_uses
 
 
 class Parts(nn.Module):
@@ -250,12 +254,7 @@ def test_child_set_to_none_is_left_out() -> None:
     assert names(module) == ["d", "b", "a"]
 
 
-def test_code_without_source_keeps_registration_order() -> None:
-    space: dict[str, Any] = {"Parts": Parts, "__name__": __name__}
-    exec("class Compiled(Parts):\n    def forward(self, x):\n        return self.a(self.d(x))", space)
-    assert names(space["Compiled"]()) == ["a", "b", "c", "d"]
-
-
+@pytest.mark.filterwarnings("ignore:The source of FromAnObject.forward is not to be had")
 def test_forward_that_is_no_plain_function() -> None:
     class Object:
         def __call__(self, x: Tensor) -> Tensor:
@@ -299,3 +298,212 @@ class Aliases(OtherName):
 @pytest.mark.parametrize("cls", [OtherName, Aliases])
 def test_other_names_for_self_and_for_members(cls):
     assert [name for name, _ in members_in_forward_order(cls())] == ["embedding", "body", "head"]
+
+
+class OnlyAnAlias(Parts):
+    """Blocks of which nothing is left when names are put in place of their members."""
+
+    def forward(self, x):
+        if x.sum() > 0:
+            first = self.d
+        for _ in range(2):
+            second = self.c
+        while x.sum() > 9:
+            third = self.b
+        with torch.enable_grad():
+            fourth = self.a
+        try:
+            fifth = self.a
+        finally:
+            sixth = self.a
+        return fourth(third(second(first(x)))) + fifth(x) + sixth(x)
+
+
+class Matched(Parts):
+    def forward(self, x):
+        match x.ndim:
+            case 1:
+                return self.c(self.d(x))
+            case _:
+                x = self.c(self.d(x))
+        return self.a(self.b(x))
+
+
+class Walrus(Parts):
+    def forward(self, x):
+        if (y := self.c(self.d(x))) is not None:
+            print(z := self.b(y))
+        return self.a(z)
+
+
+class Attempted(Parts):
+    def forward(self, x):
+        try:
+            x = self.d(x)
+        except ValueError:
+            x = self.c(x)
+        else:
+            x = self.b(x)
+        finally:
+            x = self.a(x)
+        return x
+
+
+class Starred(Parts):
+    def forward(self, *xs, **kwargs):
+        first, *rest = [self.c(self.d(x)) for x in xs]
+        return self.a(self.b(torch.cat([first, *rest], dim=0)))
+
+
+class Asynchronous(Parts):
+    async def forward(self, x):
+        async with self.lock, self.other as y:
+            async for z in self.stream(y):
+                x = self.c(await self.d(z))
+        return self.a(self.b(x))
+
+
+class Lambda(Parts):
+    forward = lambda module, x: module.a(module.b(module.c(module.d(x))))  # noqa: E731
+
+
+class Partial(Parts):
+    def run(self, x, times):
+        return self.a(self.b(self.c(self.d(x * times))))
+
+    forward = functools.partialmethod(run, times=2)
+
+
+class NoSelf(Parts):
+    @staticmethod
+    def forward(*args):
+        return args[0]
+
+
+class TextAtTheMargin(Parts):
+    def forward(self, x):
+        _ = """
+at the margin
+"""
+        return self.a(self.b(self.c(self.d(x))))
+
+
+class Yielding(Parts):
+    def forward(self, x):
+        yield self.d(x)
+        yield from (self.c(x), self.b(x))
+        return self.a(x)
+
+
+READABLE = [OnlyAnAlias, Matched, Walrus, Attempted, Starred, Asynchronous, Lambda, Partial, TextAtTheMargin, Yielding]
+
+
+@pytest.mark.parametrize("cls", READABLE)
+@pytest.mark.filterwarnings("error")
+def test_forms_of_code(cls):
+    assert names(cls()) == ["d", "c", "b", "a"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_forward_that_uses_nothing_is_in_order():
+    assert names(NoSelf()) == ["a", "b", "c", "d"]
+
+
+def of_builtin():
+    return types.new_class("OfBuiltin", (Parts,), exec_body=lambda space: space.update(forward=torch.relu))()
+
+
+def of_c_method():
+    return types.new_class("OfC", (Parts,), exec_body=lambda space: space.update(forward=torch.Tensor.add))()
+
+
+def of_code():
+    space = {"Parts": Parts, "__name__": __name__}
+    exec("class OfCode(Parts):\n    def forward(self, x):\n        return self.a(self.d(x))", space)
+    return space["OfCode"]()
+
+
+def of_a_circle():
+    def forward(self, x):
+        return self.d(x)
+
+    forward.__wrapped__ = forward
+    return types.new_class("OfACircle", (Parts,), exec_body=lambda space: space.update(forward=forward))()
+
+
+@pytest.mark.parametrize("make", [of_builtin, of_c_method, of_code, of_a_circle])
+def test_code_that_cannot_be_read_is_said_to_be_in_the_order_of_registration(make):
+    with pytest.warns(UserWarning, match=r"\.forward is not to be had.*registered \(a, b, c, d.*units="):
+        assert names(make()) == ["a", "b", "c", "d"]
+
+
+def test_whatever_fails_while_reading_is_said(monkeypatch):
+    class Fails(Parts):
+        def forward(self, x):
+            return self.a(x)
+
+    def fail(cls):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr("lightning_hift.groups.forward_order.read_uses", fail)
+    with pytest.warns(UserWarning, match=r"Fails\.forward cannot be understood \(RecursionError: too deep\)"):
+        assert names(Fails()) == ["a", "b", "c", "d"]
+
+
+STATEMENTS = [
+    "first = self.d",
+    "x = first(x)",
+    "x = self.c(x)",
+    "x = [self.b(y) for y in x if self.a]",
+    "x, *_ = self.b(x), self.a",
+    "x += self.a(x) if (z := self.b) else z(x)",
+    "x = getattr(self, f'{x}')(getattr(self, 'a%d' % x)(x))",
+    "del first",
+    "pass",
+    "return self.a(x)",
+    "x = {self.a: self.b(x), **self.c}",
+    "x = lambda self=self: self.a(self.b)",
+    "x = f'{self.a!r:>{self.b}}'",
+    "global first",
+    "x = self['a'][0](x); self.layers[-1][...](x)",
+    "def first(x, /, *, y=self.a): return self.b(x)",
+    "class First(self.a): forward = self.b",
+    "x = super().forward(self.c(x))",
+]
+HEADS = ["if x:", "for x in self.c:", "while self.b(x):", "with self.a as x, torch.no_grad():", "try:", "match x:"]
+
+
+@st.composite
+def code(draw, depth=0):
+    """Lines of a function's body."""
+    lines = []
+    for _ in range(draw(st.integers(1, 3))):
+        if depth < 3 and draw(st.booleans()):
+            head = draw(st.sampled_from(HEADS))
+            inner = ["    " + line for line in draw(code(depth + 1))]
+            if head == "match x:":
+                inner = ["    case [self.a, *_]:", *("    " + line for line in inner)]
+            lines += [head, *inner]
+            if head == "try:":
+                lines += ["finally:", *("    " + line for line in draw(code(depth + 1)))]
+            elif head == "if x:" and draw(st.booleans()):
+                lines += ["else:", *("    " + line for line in draw(code(depth + 1)))]
+        else:
+            lines.append(draw(st.sampled_from(STATEMENTS)))
+    return lines
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=code())
+@pytest.mark.filterwarnings("error")
+def test_any_code_is_read(lines):
+    text = "\n    ".join(["def forward(self, x):", *lines])
+    linecache.cache["<any code>"] = (len(text), None, text.splitlines(keepends=True), "<any code>")
+    space = {"torch": torch}
+    try:
+        exec(compile(text, "<any code>", "exec"), space)
+    except SyntaxError:  # a name declared global after its use
+        assume(False)
+    cls = types.new_class("AnyCode", (Parts,), exec_body=lambda body: body.update(forward=space["forward"]))
+    assert read_uses(cls)[1] == ""
+    assert sorted(names(cls())) == ["a", "b", "c", "d"]
