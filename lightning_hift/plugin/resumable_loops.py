@@ -102,8 +102,13 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             self._ends_batch and not is_midway,
             self.trainer.validating and is_validated,
             cast(ResumableFitLoop, self.trainer.fit_loop).ends_epoch,
-            {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
+            {name: torch.as_tensor(value).detach().cpu() for name, value in self.trainer.callback_metrics.items()},
         )
+
+    def begin_run(self) -> None:
+        """Forget a run before this one, which an exception may have ended anywhere."""
+        self.resumed = self._pass_start = None
+        self._ends_batch = self._resumed_batch_ends = False
 
     def begin_pass(self, is_first: bool = False) -> None:
         """The loader is iterated next."""
@@ -296,5 +301,6 @@ def make_loops_resumable(trainer: pl.Trainer) -> ResumableEpochLoop | None:
         fit_loop.__class__, fit_loop.epoch_loop.__class__ = ResumableFitLoop, ResumableEpochLoop
     if not isinstance(fit_loop.epoch_loop, ResumableEpochLoop):
         return None
-    fit_loop.epoch_loop.resumed = None
+    fit_loop.ends_epoch = False
+    fit_loop.epoch_loop.begin_run()
     return fit_loop.epoch_loop

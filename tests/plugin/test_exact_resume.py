@@ -232,6 +232,19 @@ def test_a_finished_run_is_made_longer(first, loader, tmp_path):
     assert_goes_on(fit(loader, **total), fit(loader, path=tmp_path / "c.ckpt", **total))
 
 
+def test_a_run_after_one_that_died_is_not_taken_for_its_end(tmp_path):
+    """In the same Trainer."""
+    die = die_in("on_train_epoch_end", 7)
+    run, _ = fit("shuffled", plateau, [die])
+    position = run.fit_loop.epoch_loop.position
+    assert position().ends_epoch
+    run.callbacks.remove(die)
+    run.callbacks.append(save_in("on_train_batch_end", 10, tmp_path / "c.ckpt"))
+    run.fit_loop.max_epochs = 5
+    run.fit(Drawing(plateau), LOADERS["shuffled"](), DataLoader(ROWS[:12], batch_size=4))
+    assert not torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"]["HiFTCallback"]["position"]["ends_epoch"]
+
+
 @pytest.mark.parametrize("strategy", ["auto", "hift"])
 @pytest.mark.parametrize("every", [5, 7])
 def test_strategy_and_callback_alone(strategy, every, tmp_path):
