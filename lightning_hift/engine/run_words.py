@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.options import HiFTOptions
@@ -48,8 +47,10 @@ def _sweeps_in_run(engine: HiFTEngine, total_steps: float) -> str:
     return f"; {total_steps:g} steps over {layers} layers: {sweeps:.3g} sweeps"
 
 
-def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: Turns) -> None:
-    """Warn where a run is too short for its layer groups to take turns.
+def doubts_about_length(
+    engines: Sequence[HiFTEngine], total: float, asked: HiFTOptions, chosen: Turns
+) -> Iterator[str]:
+    """What to warn of where a run is too short for its layer groups to take turns.
 
     Args:
         engines: One for each optimizer.
@@ -61,13 +62,13 @@ def warn_about_length(engines: Sequence[HiFTEngine], total: float, asked: HiFTOp
     for engine in engines:
         missing = [engine.groups[index].name for index in engine.policy.left_out(total, len(engine.groups))]
         if missing:
-            rank_zero_warn(
+            yield (
                 f"This run has about {math.ceil(total)} optimizer steps, too few for {engine.policy.name} to come"
                 f" by all {len(engine.groups)} layer groups: {len(missing)} of them will not train"
                 f" ({', '.join(missing[:4])}). Train longer, take fewer steps per group, or make larger groups."
             )
         elif asks_for_turns and 2 < engine.policy.steps_per_sweep > total / _FEW_SWEEPS:
-            rank_zero_warn(
+            yield (
                 f"This run has about {math.ceil(total)} optimizer steps, in which HiFT comes by each layer group"
                 f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={chosen.group_size!r} and"
                 f" steps_per_group={chosen.steps_per_group}. Leave them out to have them chosen by the length."
