@@ -37,6 +37,7 @@ class Run:
         self._turns = self._choose_turns(trainer)
         grouping = self._options.with_turns(self._turns)
         self.engine = HiFTEngine.attach(trainer.model, trainer.optimizer, options=grouping, advance_on_step=False)
+        self.engine.unfreeze()
         self.scheduler: Any = trainer.lr_scheduler
         """The Trainer's own."""
         self.values: dict[str, Any] = {}
@@ -57,7 +58,9 @@ class Run:
     def hold(self, scheduler: Any) -> SweepLR:
         """Hold the learning rates of ``scheduler`` in each sweep."""
         self.scheduler = scheduler
-        self._held = SweepLR(scheduler, self.engine, self._hold_lr, total_steps=self._num_steps)
+        # An earlier call of train may have left the optimizer in the middle of a sweep.
+        total_steps = self.engine.step + self._num_steps
+        self._held = SweepLR(scheduler, self.engine, self._hold_lr, total_steps=total_steps)
         return self._held
 
     def begin_batch(self, trainer: Any) -> None:
@@ -71,10 +74,10 @@ class Run:
 
     def _begin(self, trainer: Any) -> None:
         """Once a checkpoint was loaded, if there is one."""
-        engine, done = self.engine, trainer.state.global_step
-        ahead = done - engine.step  # an earlier call of train has left the optimizer in the middle of a sweep
+        engine = self.engine
+        ahead = trainer.state.global_step - engine.step
         self._held.expect(RunLength(self._num_steps - ahead, lambda step: step + ahead))
-        if done == 0:
+        if engine.step == 0:
             self._held.refuse_waste()
         for doubt in doubts_about_length([engine], self._num_steps, self._options, self._turns):
             warnings.warn(doubt, stacklevel=2)

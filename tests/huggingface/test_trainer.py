@@ -64,6 +64,8 @@ OPTIMIZERS = ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop", "stable_a
     ids=["plainly", "unaccumulated", "smoothed"],
 )
 def test_one_group_is_the_plain_trainer(tmp_path, name, more):
+    if name == "seq2seq":  # which gets no inputs for its decoder where somebody else computes the loss
+        more = {key: value for key, value in more.items() if key != "label_smoothing_factor"}
     plain = trained(Recorder, tmp_path, name, **more)
     ours = trained(hift(ALL_AT_ONCE, Recorder), tmp_path, name, **more)
     assert ours.losses == plain.losses
@@ -130,7 +132,8 @@ def plain_loop(trainer, options, dtype=torch.float32):
     model = network(attention_dropout=0.0).to(dtype)
     decay = [p for name, p in model.named_parameters() if "norm" not in name]
     rest = [p for name, p in model.named_parameters() if "norm" in name]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], 0.01)
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 0.01, fused=True)
     engine = HiFTEngine.attach(model, optimizer, **options)
     scheduler = transformers.get_scheduler("linear", optimizer, 0, 12)
     scheduler = SweepLR(scheduler, engine, hold_lr, total_steps=12)
@@ -249,20 +252,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_whatever_else_is_on(tmp_path, mo
 
 
 def test_a_longer_run_resumes_with_the_turns_of_the_shorter_one(tmp_path):
-    long = {"num_train_epochs": 60, "max_steps": -1, "logging_steps": 20}
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            turns.append(state.stateful_callbacks["hift"]["turns"])
+            control.should_training_stop = state.global_step >= 8
+
     turns = []
-
-    class Watched(hift({})):
-        def training_step(self, *args, **kwargs):
-            turns.append(self.state.stateful_callbacks["hift"]["turns"])
-            return super().training_step(*args, **kwargs)
-
-    trained(Watched, tmp_path, save_strategy="steps", save_steps=6)
-    trained(Watched, tmp_path / "more", resume=str(tmp_path / "checkpoint-6"), **long)
-    assert len({str(each) for each in turns}) == 1
-    anew = len(turns)
-    trained(Watched, tmp_path / "anew", **long)
-    assert turns[anew] != turns[0]  # what a run of that length would have
+    more = {"callbacks": [Stop()], "save_strategy": "steps", "save_steps": 6}
+    trained(hift({}), tmp_path, **more)
+    trained(hift({}), tmp_path / "more", resume=str(tmp_path / "checkpoint-6"), **more, max_steps=1000)
+    assert len(turns) == 8 + 2
+    assert len(set(map(str, turns))) == 1
+    trained(hift({}), tmp_path / "anew", **more, max_steps=1000)
+    assert turns[-1] != turns[0]  # what a run of that length would have
 
 
 def test_checkpoints_are_those_of_the_plain_trainer(tmp_path):
@@ -313,7 +315,9 @@ def test_between_steps_the_model_is_the_users_own(tmp_path):
 
 def test_evaluation_changes_nothing(tmp_path):
     more = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    quiet, loud = trained(hift(ONE_BY_ONE), tmp_path), trained(hift(ONE_BY_ONE), tmp_path, **more)
+    quiet, loud = (
+        trained(hift(ONE_BY_ONE), tmp_path, model=network(attention_dropout=0.0), **each) for each in ({}, more)
+    )  # evaluation draws random numbers, with and without HiFT
     assert_same(weights(loud), weights(quiet))
 
 
@@ -366,13 +370,12 @@ def test_the_best_weights_are_loaded_and_trained_on(tmp_path, dtype):
     ours.args.weight_decay = 0.0
     for group in ours.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 0.0
-    with pytest.warns(UserWarning, match="kept their value"):
-        ours.train()  # at a learning rate of 0
+    ours.train()  # at a learning rate of 0
     assert_same(weights(ours), before)
 
 
 def test_after_training_the_optimizer_is_an_ordinary_one(tmp_path):
-    ours = trained(hift(ONE_BY_ONE), tmp_path)
+    ours = trained(hift(ONE_BY_ONE), tmp_path, lr_scheduler_type="constant")
     assert all(p.requires_grad for p in ours.model.parameters())
     before = weights(ours)
     sum(p.sum() for p in ours.model.parameters()).backward()
@@ -395,24 +398,31 @@ def test_a_run_that_dies_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_smaller_batches_after_the_memory_was_full(tmp_path):
-    """The tries of ``auto_find_batch_size``: the last one is a run of its own."""
+    """The tries of ``auto_find_batch_size``."""
 
-    class Small(hift(ONE_BY_ONE)):
-        def training_step(self, model, inputs, *args, **kwargs):
-            if len(inputs["input_ids"]) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().training_step(model, inputs, *args, **kwargs)
+    def small(make):
+        class Small(make):
+            def training_step(self, model, inputs, *args, **kwargs):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+                if len(inputs["input_ids"]) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return loss
 
-    found = trained(Small, tmp_path, per_device_train_batch_size=8, auto_find_batch_size=True)
-    assert found._train_batch_size == 2
-    assert_same(weights(found), weights(trained(hift(ONE_BY_ONE), tmp_path)))
+        return Small
+
+    more = {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    plain, ours = trained(small(Trainer), tmp_path, **more), trained(small(hift(ALL_AT_ONCE)), tmp_path, **more)
+    assert ours._train_batch_size == plain._train_batch_size == 2
+    assert_same(weights(ours), weights(plain))
+    several = trained(small(hift(ONE_BY_ONE)), tmp_path, **more)
+    assert [group for (group,) in logged(several, "hift/group")] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 def test_a_model_that_is_made_by_the_trainer(tmp_path):
-    made = hift(ONE_BY_ONE)(model_init=network, args=arguments(tmp_path), train_dataset=rows())
+    made = hift(ONE_BY_ONE)(model_init=lambda: network(), args=arguments(tmp_path), train_dataset=rows())
     made.train()
     made.train()  # another one
-    given = hift(ONE_BY_ONE)(model_init=network, args=arguments(tmp_path), train_dataset=rows())
+    given = hift(ONE_BY_ONE)(model_init=lambda: network(), args=arguments(tmp_path), train_dataset=rows())
     given.train()
     assert_same(weights(made), weights(given))
 
@@ -530,13 +540,19 @@ def test_a_group_without_gradient(tmp_path):
         trained(hift(ONE_BY_ONE), tmp_path, model=model)
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
 def test_whole_compilation_of_many_groups_gets_a_warning(tmp_path, monkeypatch):
-    more = {"torch_compile": True, "torch_compile_backend": "eager"}
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 5)
     with pytest.warns(UserWarning, match="once for each of 5 layer groups"):
-        compiled = trained(hift(ONE_BY_ONE), tmp_path, model=network(attention_dropout=0.0), **more)
-    expected = trained(hift(ONE_BY_ONE), tmp_path, model=network(attention_dropout=0.0))
-    assert_same(weights(compiled), weights(expected))
+        trained(hift(ONE_BY_ONE), tmp_path, **COMPILED, max_steps=1)
+
+
+@pytest.mark.slow
+def test_whole_compilation_with_one_group_is_that_of_the_plain_trainer(tmp_path):
+    plain, ours = trained(Trainer, tmp_path, **COMPILED), trained(hift(ALL_AT_ONCE), tmp_path, **COMPILED)
+    assert_same(weights(ours), weights(plain))
 
 
 def test_the_import_is_light():
