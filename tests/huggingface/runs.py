@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +103,3 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def logged(trainer: Trainer, *names: str) -> list[list[Any]]:
     return [[entry[name] for name in names] for entry in trainer.state.log_history if "learning_rate" in entry]
-
-
-Make = Callable[..., Trainer]

@@ -397,6 +397,7 @@ def test_a_run_that_dies_leaves_the_model_as_it_was(tmp_path):
     assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_smaller_batches_after_the_memory_was_full(tmp_path):
     """The tries of ``auto_find_batch_size``."""
 

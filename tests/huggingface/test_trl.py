@@ -46,10 +46,7 @@ def trained(kind, options, folder, resume=None, dtype=torch.float32):
         report_to="none",
         disable_tqdm=True,
     )
-    if kind == "Reward":
-        model = network("classifier", num_labels=1, pad_token_id=0)
-    else:
-        model = network(pad_token_id=0)
+    model = network("classifier", num_labels=1, pad_token_id=0) if kind == "Reward" else network(pad_token_id=0)
     data = datasets.Dataset.from_dict(DATA[kind])
     trainer = make(model.to(dtype), args=arguments, train_dataset=data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=resume)
