@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -48,7 +50,8 @@ def trained(kind, options, folder, resume=None, dtype=torch.float32):
     )
     model = network("classifier", num_labels=1, pad_token_id=0) if kind == "Reward" else network(pad_token_id=0)
     data = datasets.Dataset.from_dict(DATA[kind])
-    trainer = make(model.to(dtype), args=arguments, train_dataset=data, processing_class=tokenizer)
+    reference = {"ref_model": copy.deepcopy(model).to(dtype)} if kind == "DPO" else {}
+    trainer = make(model.to(dtype), args=arguments, train_dataset=data, processing_class=tokenizer, **reference)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
