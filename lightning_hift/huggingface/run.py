@@ -14,7 +14,7 @@ from lightning_hift.engine.optimizer_groups import turns_of_run
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.engine.run_words import doubts_about_length, summarize_run
-from lightning_hift.engine.sweep_lr import SweepLR
+from lightning_hift.engine.sweep_lr import SweepLR, check_hold_lr
 from lightning_hift.groups.turns import Turns
 from lightning_hift.huggingface.refusals import warn_about_compilation
 
@@ -32,6 +32,7 @@ class Run:
     def __init__(self, trainer: Any, num_steps: int) -> None:
         options = {"seed": trainer.args.seed, **trainer.hift}
         self._hold_lr = options.pop("hold_lr", "replay")
+        check_hold_lr(self._hold_lr)
         self._options = HiFTOptions(**options)
         self._num_steps = num_steps
         self._turns = self._choose_turns(trainer)
@@ -40,6 +41,7 @@ class Run:
         self.engine.unfreeze()
         self.scheduler: Any = trainer.lr_scheduler
         """The Trainer's own."""
+        self._held: SweepLR | None = None
         self.values: dict[str, Any] = {}
         """To be logged of the last step."""
         self._has_begun = self._graph_was_checked = False
@@ -55,9 +57,11 @@ class Run:
         trainer.state.stateful_callbacks[_KEY] = {"turns": list(turns)}
         return turns
 
-    def hold(self, scheduler: Any) -> SweepLR:
-        """Hold the learning rates of ``scheduler`` in each sweep."""
+    def hold(self, scheduler: Any) -> Any:
+        """What is to be stepped in the place of ``scheduler``, and holds its learning rates in each sweep."""
         self.scheduler = scheduler
+        if self._hold_lr == "off":
+            return scheduler
         # An earlier call of train may have left the optimizer in the middle of a sweep.
         total_steps = self.engine.step + self._num_steps
         self._held = SweepLR(scheduler, self.engine, self._hold_lr, total_steps=total_steps)
@@ -68,7 +72,8 @@ class Run:
         if not self._has_begun:
             self._has_begun = True
             self._begin(trainer)
-        self._held.flush()  # a step that was skipped may have ended a sweep, and does not step the scheduler
+        if self._held is not None:
+            self._held.flush()  # a step that was skipped may have ended a sweep, and does not step the scheduler
         self._report_sweep()
         self.engine.activate()
 
@@ -76,8 +81,9 @@ class Run:
         """Once a checkpoint was loaded, if there is one."""
         engine = self.engine
         ahead = trainer.state.global_step - engine.step
-        self._held.expect(RunLength(self._num_steps - ahead, lambda step: step + ahead))
-        if engine.step == 0:
+        if self._held is not None:
+            self._held.expect(RunLength(self._num_steps - ahead, lambda step: step + ahead))
+        if self._held is not None and engine.step == 0:
             self._held.refuse_waste()
         for doubt in doubts_about_length([engine], self._num_steps, self._options, self._turns):
             warnings.warn(doubt, stacklevel=2)
@@ -116,7 +122,8 @@ class Run:
     def finish(self) -> None:
         """The run is over, and not by an exception."""
         self._report_sweep()
-        self._held.finish()
+        if self._held is not None:
+            self._held.finish()
 
     def _report_sweep(self) -> None:
         report = self.engine.first_sweep_report()

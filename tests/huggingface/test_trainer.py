@@ -244,7 +244,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_whatever_else_is_on(tmp_path, mo
     more = dict(more)
     dtype = more.pop("model_dtype", torch.float32)
 
-    class Mixed(hift({"group_size": 1, "steps_per_group": 2})):
+    class Mixed(hift({"group_size": 1, "steps_per_group": 2, "frozen": ["model.layers.1"]})):
         def __init__(self, model, *args, **kwargs):
             super().__init__(model.to(dtype), *args, **kwargs)
 
