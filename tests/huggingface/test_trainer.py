@@ -459,31 +459,45 @@ def test_adapters_of_peft_take_turns(tmp_path):
     )
 
 
+def scaled(make, init_scale=2.0**126):
+    """With the loss scaled as in mixed precision of float16, which accelerate has on GPUs only."""
+
+    class Scaled(make):
+        def create_optimizer(self, *args, **kwargs):
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+            self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+            return super().create_optimizer(*args, **kwargs)
+
+        def train(self, *args, **kwargs):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.accelerator.state._mixed_precision = "no"
+
+    return Scaled
+
+
 def test_overflowing_steps_are_skipped(tmp_path):
-    """As in mixed precision of float16, which accelerate has on GPUs only."""
-
-    def scaled(make):
-        class Scaled(make):
-            def create_optimizer(self, *args, **kwargs):
-                accelerator = self.accelerator
-                accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=2)
-                accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-                return super().create_optimizer(*args, **kwargs)
-
-            def autocast_smart_context_manager(self, *args, **kwargs):
-                return torch.autocast("cpu", torch.bfloat16)
-
-        return Scaled
-
     more = {"save_strategy": "steps", "save_steps": 1}
-    try:
-        plain = trained(scaled(Trainer), tmp_path / "plain", **more)
-        ours = trained(scaled(hift(ALL_AT_ONCE)), tmp_path / "ours", **more)
-        assert_same(weights(ours), weights(plain))
-        assert plain.accelerator.scaler.get_scale() < 2.0**126
-        assert_resumes(tmp_path, scaled(hift(ONE_BY_ONE)), [1, 2, 4, 7])
-    finally:
-        plain.accelerator.state._mixed_precision = "no"
+    plain = trained(scaled(Trainer), tmp_path / "plain", **more)
+    ours = trained(scaled(hift(ALL_AT_ONCE)), tmp_path / "ours", **more)
+    assert_same(weights(ours), weights(plain))
+    assert plain.accelerator.scaler.get_scale() < 2.0**126
+    assert_resumes(tmp_path, scaled(hift(ONE_BY_ONE)), [1, 2, 4, 7])
+
+
+def test_a_sweep_whose_last_step_is_skipped_ends_there(tmp_path):
+    class Overflows(scaled(hift(ONE_BY_ONE), 1.0)):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step == 4:
+                self.model.lm_head.weight.grad.fill_(torch.inf)
+            return loss
+
+    rates = [rate for (rate,) in logged(trained(Overflows, tmp_path), "learning_rate")]
+    plain = [0.01 * (12 - call) / 12 for call in range(12)]
+    assert rates[:5] == [pytest.approx(sum(plain[:5]) / 5)] * 5
+    assert rates[5:10] == [pytest.approx(sum(plain[4:9]) / 5)] * 5  # one call of the schedule less
 
 
 # --- what does not go ------------------------------------------------------------------------------------------------
@@ -562,3 +576,8 @@ def test_the_import_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "set()", result.stderr
+
+
+def test_a_schedule_that_never_begins_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="never reaches 1 %"):
+        trained(hift(ONE_BY_ONE), tmp_path, warmup_steps=100_000)
