@@ -66,7 +66,7 @@ class HiFTTrainerMixin(Trainer):  # type: ignore[misc]
         self._close_hift()  # of a try with larger batches
         refuse_reentrant_modules(self.model)
         prepared = self.optimizer
-        # A scheduler must not belong to accelerate's wrapper: it is copied, to see what it will do.
+        # Engine and scheduler belong to the same optimizer, and not to accelerate's wrapper around it.
         self.optimizer = _without_wrappers(optimizer or prepared)
         try:
             self._hift_run = Run(self, num_training_steps)
