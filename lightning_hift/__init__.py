@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_hift.distributed.ddp_strategy import HiFTDDPStrategy
     from lightning_hift.distributed.fsdp_strategy import HiFTFSDPStrategy
     from lightning_hift.fabric.strategy import HiFTFabricStrategy
+    from lightning_hift.huggingface.trainer import HiFTTrainerMixin
     from lightning_hift.planner.plan import make_plan
     from lightning_hift.plugin.callback import HiFTCallback
     from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022  # as Python sorts, capitals first
     "HiFTModule",
     "HiFTPrecision",
     "HiFTStrategy",
+    "HiFTTrainerMixin",
     "IST",
     "LISA",
     "LayerGroup",
@@ -78,6 +80,7 @@ _ON_FIRST_USE = {
     "HiFTModule": "plugin.module",
     "HiFTPrecision": "plugin.precision",
     "HiFTStrategy": "plugin.strategy",
+    "HiFTTrainerMixin": "huggingface.trainer",
     "LayerUpdates": "plugin.layer_updates",
     "PredictionWriter": "plugin.predictions",
     "StreamingCheckpointIO": "plugin.checkpoint_io",

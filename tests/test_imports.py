@@ -14,7 +14,7 @@ OWN = "lightning_hift."
 FLOORS = [
     {"groups", "offload", "precision", "table"},
     {"engine", "activations", "planner"},
-    {"plugin", "distributed", "fabric", "packaged_optimizers"},
+    {"plugin", "distributed", "huggingface", "fabric", "packaged_optimizers"},
     {"tasks", "data"},
     {"cli", "trainer"},
     {"benchmark"},
@@ -134,7 +134,17 @@ def test_lower_floors_need_only_torch(path):
 
 @pytest.mark.parametrize("path", files(), ids=dotted)
 def test_heavy_packages_are_imported_lazily(path):
-    lazy = {"transformers", "peft", "datasets", "bitsandbytes", "torchao", "galore_torch", "matplotlib", "tensorboard"}
+    lazy = {
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "bitsandbytes",
+        "torchao",
+        "galore_torch",
+        "matplotlib",
+        "tensorboard",
+    }
     for module, at_top in imported(path):
         assert not (at_top and module.split(".")[0] in lazy), f"{path.name} imports {module} at the top"
 
@@ -144,7 +154,7 @@ def run(code):
 
 
 def test_importing_the_package_brings_in_neither_transformers_nor_lightning():
-    result = run("import sys, lightning_hift; print({'transformers', 'lightning'} & set(sys.modules))")
+    result = run("import sys, lightning_hift; print({'transformers', 'accelerate', 'lightning'} & set(sys.modules))")
     assert result.stdout.strip() == "set()", result.stderr
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +24,9 @@ from lightning_hift.groups.grouping import (
     select_units,
 )
 from lightning_hift.groups.selection import SelectionPolicy
+from lightning_hift.groups.turns import Turns, choose_turns
+
+_DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 
 
 class OptimizerGroups(NamedTuple):
@@ -70,6 +75,27 @@ def find_groups(
     finally:
         for p in held_back:
             p.requires_grad_(True)
+
+
+def turns_of_run(
+    model: nn.Module, optimizers: Sequence[Optimizer], options: HiFTOptions, total_steps: float, device: torch.device
+) -> Turns:
+    """How layer groups take turns in a run of this many optimizer steps, as far as ``options`` leave that open.
+
+    Args:
+        model: See ``attach_engines``.
+        optimizers: Likewise.
+        options: Likewise.
+        total_steps: Infinity if they are not known.
+        device: Where the model trains.
+    """
+    size, steps = options.group_size, options.steps_per_group
+    if options.policy is not None or None not in (size, steps):
+        return options.turns
+    found = find_groups(model, optimizers, replace(options, group_size=1))
+    units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    return choose_turns(units, total_steps, size, steps, memory / _DEVICE_SHARE)
 
 
 def _divide(

@@ -150,8 +150,9 @@ class OptimizerState:
         for i, (saved_id, p) in enumerate(zip(ids, parameters_of(self._optimizer), strict=True)):
             state = cast_state(rest.pop(saved_id, {}), dtypes[i] if dtypes else None, self._masters.dtype_of(p))
             for piece in self._pieces_of(p):
-                # In every process, as it may set the weights.
-                master, num_edited = self._masters.restored(piece, masters.get(i))
+                # In every process, as it may set the weights. What is never stepped gets no new master.
+                is_known = p in self._pieces or i in masters
+                master, num_edited = self._masters.restored(piece, masters.get(i)) if is_known else ({}, 0)
                 total_edited += num_edited
                 if self._partition.owns(piece):
                     kept[piece.handle] = split_state(state, piece) | master

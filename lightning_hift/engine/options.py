@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,18 @@ class HiFTOptions:
             steps_per_group=turns.steps_per_group,
             per_unit=turns.per_unit,
             small_head=True,
+        )
+
+    def with_turns(self, turns: Turns) -> HiFTOptions:
+        """The same, with a policy of these turns in the place of what asks for one."""
+        return replace(
+            self,
+            policy=self.make_policy(turns),
+            group_size=turns.group_size,
+            order=HiFTOptions.order,
+            reshuffle=False,
+            steps_per_group=None,
+            lr_scale=self.scale,
         )
 
     def make_offloader(self, device: torch.device, **more: Any) -> StateOffloader:

@@ -24,12 +24,12 @@ from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.output_graph import OutputGraph
 from lightning_hift.engine.proof import describe_sweep
+from lightning_hift.engine.run_words import summarize_run
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
 from lightning_hift.fabric.precision import FabricMasterPrecision
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.page_lock_bar import PageLockBar
-from lightning_hift.plugin.run_words import summarize_run
 
 
 class HiFTFabricStrategy(SingleDeviceStrategy):

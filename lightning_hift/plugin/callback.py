@@ -25,14 +25,15 @@ from lightning_hift.activations.reentrant import refuse_reentrant_graph, refuse_
 from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.lr_scale import LRScale
 from lightning_hift.engine.missed_turns import CAUSES
-from lightning_hift.engine.optimizer_groups import find_groups
+from lightning_hift.engine.optimizer_groups import turns_of_run
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.proof import describe_sweep
+from lightning_hift.engine.run_words import doubts_about_length, summarize_run
 from lightning_hift.engine.sweep_lr import HoldLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.schedule import Order
 from lightning_hift.groups.selection import SelectionPolicy
-from lightning_hift.groups.turns import Turns, choose_turns
+from lightning_hift.groups.turns import Turns
 from lightning_hift.offload.offloader import StateOffloader
 from lightning_hift.plugin.checkpoint_io import StreamingCheckpointIO
 from lightning_hift.plugin.held_rates import HeldRates
@@ -41,17 +42,10 @@ from lightning_hift.plugin.precision import pass_without_gradients
 from lightning_hift.plugin.resumable_loops import ResumableEpochLoop, make_loops_resumable
 from lightning_hift.plugin.run_length import run_length
 from lightning_hift.plugin.run_position import RunPosition
-from lightning_hift.plugin.run_words import (
-    explain_frozen,
-    summarize_run,
-    warn_about_length,
-    warn_about_replaced,
-    warn_about_rounding,
-)
+from lightning_hift.plugin.run_words import explain_frozen, warn_about_replaced, warn_about_rounding
 from lightning_hift.plugin.step_values import StepValues
 from lightning_hift.plugin.trainer_checks import check_trainer
 
-_DEVICE_SHARE = 4 * 16  # a group that is made larger takes a quarter of the device, by 16 bytes a parameter
 _MANY = 100  # micro-batches per step, beyond which something is wrong
 
 
@@ -160,15 +154,7 @@ class HiFTCallback(Callback):
     @property
     def grouping(self) -> HiFTOptions:
         """How groups are formed: the options, with what was chosen by the length of the run."""
-        return replace(
-            self.options,
-            policy=self.policy,
-            group_size=self.turns.group_size,
-            steps_per_group=None,
-            order=HiFTOptions.order,
-            reshuffle=False,
-            lr_scale=self.options.scale,
-        )
+        return replace(self.options.with_turns(self.turns), policy=self.policy)
 
     @property
     def active_group(self) -> LayerGroup:
@@ -226,11 +212,8 @@ class HiFTCallback(Callback):
             loaded = self._turns_on_load
             self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
         elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
-            each_unit = replace(self.grouping, group_size=1)
-            found = find_groups(trainer.lightning_module, strategy.optimizers, each_unit)
-            units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
-            total = run_length(trainer, len(found)).total_steps
-            self.turns = choose_turns(units, total, size, steps, _most_numel(strategy.root_device))
+            optimizers, total = strategy.optimizers, run_length(trainer, len(strategy.optimizers)).total_steps
+            self.turns = turns_of_run(trainer.lightning_module, optimizers, asked, total, strategy.root_device)
         self.policy = asked.make_policy(self.turns)
 
     def attach(self, trainer: pl.Trainer) -> None:
@@ -275,7 +258,8 @@ class HiFTCallback(Callback):
         assert self._rates is not None
         self._rates.find_length()
         if not cast(Any, trainer).fast_dev_run:
-            warn_about_length(self._engines, self._rates.total_steps, self.options, self.turns)
+            for doubt in doubts_about_length(self._engines, self._rates.total_steps, self.options, self.turns):
+                rank_zero_warn(doubt)
         self._rates.warn_about_single_steps()
         rank_zero_info(self.summary(pl_module))
         refuse_reentrant_modules(pl_module)
@@ -428,10 +412,3 @@ def find_callback(trainer: pl.Trainer) -> HiFTCallback | None:
 def has_no_optimizer(strategy: Any) -> bool:
     """Whether ``configure_optimizers`` returned none, in whose place Lightning puts one of its own."""
     return any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers)
-
-
-def _most_numel(device: torch.device) -> float:
-    """How many parameters a layer group may have that is larger than it must be."""
-    if device.type != "cuda":
-        return math.inf
-    return torch.cuda.get_device_properties(device).total_memory / _DEVICE_SHARE

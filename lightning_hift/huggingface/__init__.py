@@ -1,0 +1,1 @@
+"""HiFT in the training loops of Hugging Face: of transformers, and what is built on it."""
