@@ -146,6 +146,7 @@ class HiFTEngine:
         self._active: list[nn.Parameter] = []
         self._step_counted = False  # at most once per activate
         self._step_announced = False  # once per optimizer.step
+        self._is_under_way = False  # from then on until it is made, or its batch over
         self._closed = False
         self._proof: FirstSweepProof | None = None
         if self._needs_gradient:
@@ -278,7 +279,7 @@ class HiFTEngine:
         units = (*(unit for group in self._active_groups for unit in group.units), *self.always_active)
         self._active = [p for unit in units for p in unit.parameters.values()]
         self.freeze()
-        self._step_counted = False
+        self._step_counted = self._is_under_way = False
         self._view.cancel()
         self._reset_inactive()
         self._stepper.hold_first(self._active_groups)
@@ -352,13 +353,18 @@ class HiFTEngine:
         self._step_announced = True
         if not self._step_counted:
             self.step += 1
-            self._step_counted = True
-            if self._proof is not None:
+            self._step_counted = self._is_under_way = True
+            # A warm-up may begin at 0, which proves nothing; with several groups no sweep is held there.
+            proves = len(self.groups) > 1 or isinstance(self.learning_rate, Tensor) or self.learning_rate != 0
+            if self._proof is not None and proves:
                 self._proof.count_step([group.index for group in self._active_groups], self.at_sweep_start)
 
     def settle_step(self) -> None:
-        """Let the step that was announced last stay counted though it may not have been made: its batch is over."""
-        self._step_announced = False
+        """Count the step that was announced last as made, whether or not it was or will be: its batch is over.
+
+        Until then, a state that is saved is one in which this step is still to come.
+        """
+        self._is_under_way = False
 
     def note_gradients(self) -> None:
         """Take note of active groups without a gradient: their turn passes without an update. To be called once a step.
@@ -469,7 +475,7 @@ class HiFTEngine:
             self._refuse_uncalled_closure()
             return
         self._stepper.end(self.at_sweep_start)
-        self._step_announced = False
+        self._step_announced = self._is_under_way = False
         # With one group only, gradients are left to the Trainer, as in full fine-tuning: freed here, their memory would
         # have gone to the next forward pass and had to be found anew for the backward pass (4 to 8 % of a CPU step).
         if self._advance_on_step or len(self.groups) > 1:
@@ -512,8 +518,7 @@ class HiFTEngine:
 
     def _position(self) -> dict[str, Any]:
         learned = self.policy.state_dict()
-        is_under_way = self._step_announced and self._step_counted  # and would be made again
-        return {"step": self.step - is_under_way, **({"learned": learned} if learned else {})}
+        return {"step": self.step - self._is_under_way, **({"learned": learned} if learned else {})}
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
         self.step = position.get("step", 0)

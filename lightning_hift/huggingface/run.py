@@ -70,7 +70,6 @@ class Run:
         if not self._has_begun:
             self._has_begun = True
             self._begin(trainer)
-        self.engine.settle_step()
         self.engine.rates.flush()  # a step that was skipped may have ended a sweep, and does not step the scheduler
         self._report_sweep()
         self.engine.activate()
@@ -105,6 +104,7 @@ class Run:
             return
         engine.note_gradients()
         engine.announce_step()
+        engine.settle_step()  # nothing is saved before it is made
         if trainer.accelerator.scaler is None:  # which may skip the step, and knows of no masters
             engine.prepare_step(slices=trainer.args.max_grad_norm > 0)
         found = {
@@ -123,7 +123,6 @@ class Run:
 
     def finish(self) -> None:
         """The run is over, and not by an exception."""
-        self.engine.settle_step()
         self._report_sweep()
         if self._held is not None:
             self._held.finish()

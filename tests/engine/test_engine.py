@@ -493,6 +493,17 @@ def test_first_sweep_report():
     assert engine.first_sweep_report() is None
 
 
+def test_a_warm_up_of_all_parameters_is_not_taken_for_a_fault():
+    model = Net()
+    engine = attach_published(model, adamw(model.parameters()), group_size=99)
+    for rate in (0.0, 0.0, 0.01):
+        assert engine.first_sweep_report() is None
+        engine.optimizer.param_groups[0]["lr"] = rate
+        next_token_loss(model, tokens(1)[0]).backward()
+        engine.optimizer.step()
+    assert engine.first_sweep_report().complete
+
+
 def test_first_sweep_report_names_what_did_not_move():
     model = Net()
     model.blocks[0].unused = nn.Parameter(torch.ones(2))

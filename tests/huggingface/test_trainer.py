@@ -551,7 +551,7 @@ def test_optimizers_that_cannot_are_refused(tmp_path):
 def test_a_group_without_gradient(tmp_path):
     model = network()
     model.model.layers[1].forward = lambda x, *args, **kwargs: x
-    with pytest.raises(RuntimeError, match=r"model.layers.1.* no gradient"):
+    with pytest.raises(RuntimeError, match=r"model.layers.1\) has never had a gradient"):
         trained(hift(ONE_BY_ONE), tmp_path, model=model)
 
 
