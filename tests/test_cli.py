@@ -313,7 +313,7 @@ def test_train_only_goes_with_hift_and_survives_other_callbacks(
 def test_groups_prints_the_table_without_data(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli = run_cli("groups", "--config", config)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["group", "units", "parameters", "bytes", "share", "backward", "learning", "rate"]
+    assert lines[0].split() == ["group", "units", "parameters", "bytes", "share", "depth", "lr"]
     assert lines[2].split()[:6] == ["0", "embedding", "...", "network.blocks.0", "52", "208"]
     assert lines[4].split()[:3] == ["all", "head", "5"]
     assert lines[5].startswith("At most 57 of 97 parameters train at once")

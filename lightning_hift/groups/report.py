@@ -18,7 +18,7 @@ def describe_groups(
 ) -> str:
     """A table of layer groups: index, units, parameters, bytes, share of the whole, and learning rate if not all alike.
 
-    ``backward`` says through how many of all layer units the backward pass goes for each: down to the lowest that
+    ``depth`` says through how many of all layer units the backward pass goes for each: down to the lowest that
     trains then.
 
     Args:
@@ -34,11 +34,11 @@ def describe_groups(
         share = f"{100 * part.numel / total:.2f} %"
         return [label, part.name, f"{part.numel:,}", format_bytes(part.nbytes), share, f"{depth}/{count}"]
 
-    header = ["group", "units", "parameters", "bytes", "share", "backward"]
+    header = ["group", "units", "parameters", "bytes", "share", "depth"]
     rows = [row(group.index, group, depth) for group, depth in zip(groups, together, strict=True)]
     rows += [row("all", unit, count - unit.place) for unit in always_active]
     if set(lr_scales) - {1.0}:
-        header.append("learning rate")
+        header.append("lr")
         scales = [*lr_scales, *(1.0 for _ in always_active)]
         rows = [[*cells, f"x {scale:.3g}"] for cells, scale in zip(rows, scales, strict=True)]
     table = format_table(header, rows)

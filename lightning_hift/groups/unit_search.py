@@ -200,9 +200,13 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _is_made_of_blocks(module: nn.Module) -> bool:
-    """Whether there are two blocks with norms in it or more, neither in the other, so that it can be divided."""
+    """Whether there are two blocks with norms in it or more, neither in the other, so that it can be divided.
+
+    Of one class, or each with several norms: attention and MLP with a norm each are the parts of one block.
+    """
     blocks = _inner_blocks(module)
-    return len(blocks) > 1 or any(map(_is_made_of_blocks, blocks))
+    repeats = len(set(map(type, blocks))) < len(blocks)
+    return repeats or sum(_count_norms(b) > 1 for b in blocks) > 1 or any(map(_is_made_of_blocks, blocks))
 
 
 def _inner_blocks(module: nn.Module) -> list[nn.Module]:
@@ -266,7 +270,11 @@ def _count_layers(member: Member) -> int:
 
 
 def _is_block_with_norm(module: nn.Module) -> bool:
-    return is_block(module) and any("norm" in type(m).__name__.lower() for m in module.modules())
+    return is_block(module) and _count_norms(module) > 0
+
+
+def _count_norms(module: nn.Module) -> int:
+    return sum("norm" in type(m).__name__.lower() for m in module.modules())
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from tests.architectures import NanoGPT
 def backward(table: str) -> list[str]:
     """The column that says how deep the backward pass goes."""
     header, _, *rows = table.splitlines()
-    end = header.index("backward") + len("backward")
+    end = header.index("depth") + len("depth")
     return [row[:end].split()[-1] for row in rows if "/" in row[:end]]
 
 
