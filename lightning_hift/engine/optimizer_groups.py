@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -78,7 +78,11 @@ def find_groups(
 
 
 def turns_of_run(
-    model: nn.Module, optimizers: Sequence[Optimizer], options: HiFTOptions, total_steps: float, device: torch.device
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    options: HiFTOptions,
+    total_steps: Callable[[], float],
+    device: torch.device,
 ) -> Turns:
     """How layer groups take turns in a run of this many optimizer steps, as far as ``options`` leave that open.
 
@@ -86,7 +90,7 @@ def turns_of_run(
         model: See ``attach_engines``.
         optimizers: Likewise.
         options: Likewise.
-        total_steps: Infinity if they are not known.
+        total_steps: Infinity if they are not known. Not asked for where all units are one group.
         device: Where the model trains.
     """
     size, steps = options.group_size, options.steps_per_group
@@ -94,8 +98,10 @@ def turns_of_run(
         return options.turns
     found = find_groups(model, optimizers, replace(options, group_size=1))
     units = max(([unit for group in each.groups for unit in group.units] for each in found), key=len)
+    if isinstance(size, int) and size >= len(units):
+        return Turns(size, 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    return choose_turns(units, total_steps, size, steps, memory / _DEVICE_SHARE)
+    return choose_turns(units, total_steps(), size, steps, memory / _DEVICE_SHARE)
 
 
 def _divide(

@@ -57,7 +57,7 @@ class RandomState(NamedTuple):
             states["cuda"] = self.cuda
         if self.numpy is not None:
             _, key, *rest = self.numpy
-            states["numpy"] = torch.tensor([*key.tolist(), *rest], dtype=torch.float64)
+            states["numpy"] = torch.tensor([*map(int, key), *rest], dtype=torch.float64)
         version, key, gauss = self.python
         states["python"] = torch.tensor([version, *key, float("nan") if gauss is None else gauss], dtype=torch.float64)
         return states

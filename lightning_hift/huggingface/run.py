@@ -50,7 +50,9 @@ class Run:
         """A run that resumes goes on as it was, whatever its length is now."""
         asked, saved = self._options, trainer.state.stateful_callbacks.get(_KEY)
         if saved is None or asked.policy is not None:
-            turns = turns_of_run(trainer.model, [trainer.optimizer], asked, self._num_steps, trainer.args.device)
+            turns = turns_of_run(
+                trainer.model, [trainer.optimizer], asked, lambda: self._num_steps, trainer.args.device
+            )
         else:
             size, steps, per_unit = saved["turns"]
             turns = Turns(asked.group_size or size, asked.steps_per_group or steps, per_unit)

@@ -202,7 +202,7 @@ class HiFTCallback(Callback):
     def choose_turns(self, trainer: pl.Trainer) -> None:
         """Settle what the user has left to the length of the run; a run that resumes goes on as it was.
 
-        Runs before layer groups are formed. Sets up the data loaders of a run that begins.
+        Runs before layer groups are formed. Sets up the data loaders of a run that begins, if its length decides.
         """
         strategy, asked = trainer.strategy, self.options
         size, steps = asked.group_size, asked.steps_per_group
@@ -212,8 +212,14 @@ class HiFTCallback(Callback):
             loaded = self._turns_on_load
             self.turns = Turns(size or loaded.group_size, steps or loaded.steps_per_group, loaded.per_unit)
         elif trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
-            optimizers, total = strategy.optimizers, run_length(trainer, len(strategy.optimizers)).total_steps
-            self.turns = turns_of_run(trainer.lightning_module, optimizers, asked, total, strategy.root_device)
+            optimizers = strategy.optimizers
+            self.turns = turns_of_run(
+                trainer.lightning_module,
+                optimizers,
+                asked,
+                lambda: run_length(trainer, len(optimizers)).total_steps,
+                strategy.root_device,
+            )
         self.policy = asked.make_policy(self.turns)
 
     def attach(self, trainer: pl.Trainer) -> None:

@@ -121,6 +121,8 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         if resumed.is_within_epoch:
             _count_as_done(self.batch_progress, _processed(self.batch_progress))
         self.val_loop.restarting = self.val_loop._has_run = False
+        if resumed.ends_batch and not resumed.is_validated:
+            _count_as_done(self.val_loop.batch_progress, 0)  # it is run as a whole
         self._resumed_batch_ends = resumed.ends_batch
         self._skip_next_val = resumed.is_validated
 
@@ -168,10 +170,15 @@ class ResumableEpochLoop(_TrainingEpochLoop):
 
     @override
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        if self._should_check_val_fx(data_fetcher):
-            self._before_validation = self._random_state()
         super().on_advance_end(data_fetcher)
         self._ends_batch = False
+
+    @override
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        is_due = super()._should_check_val_fx(data_fetcher)
+        if is_due:
+            self._before_validation = self._random_state()
+        return is_due
 
     # --- how a position is taken up -----------------------------------------------------------------------------------
 

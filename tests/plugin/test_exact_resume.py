@@ -232,6 +232,15 @@ def test_a_finished_run_is_made_longer(first, loader, tmp_path):
     assert_goes_on(fit(loader, **total), fit(loader, path=tmp_path / "c.ckpt", **total))
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_resumed_run_is_interrupted_again(loader, tmp_path):
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    whole = fit(loader)
+    fit(loader, callbacks=[save_in("on_train_batch_end", 3, first)])
+    fit(loader, path=first, callbacks=[save_in("on_train_batch_end", 5, second)])
+    assert_goes_on(whole, fit(loader, path=second))
+
+
 def test_a_run_after_one_that_died_is_not_taken_for_its_end(tmp_path):
     """In the same Trainer."""
     die = die_in("on_train_epoch_end", 7)
