@@ -32,6 +32,8 @@ class ResumableFitLoop(_FitLoop):
     epoch_loop: ResumableEpochLoop
     ends_epoch = False
     """Whether what follows the last batch of an epoch is going on."""
+    owes_metric = False
+    """Whether schedulers that wait for a metric get it at the end of a resumed epoch, too, where Lightning has none."""
 
     @override
     def _load_combined_loader_states(self) -> None:
@@ -60,7 +62,9 @@ class ResumableFitLoop(_FitLoop):
     def on_advance_end(self) -> None:
         self.ends_epoch = True
         super().on_advance_end()
-        self.ends_epoch = False
+        if self.restarting and self.owes_metric and self.epoch_loop._num_ready_batches_reached():
+            self.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        self.ends_epoch = self.owes_metric = False
 
 
 class ResumableEpochLoop(_TrainingEpochLoop):
@@ -183,8 +187,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
     # --- how a position is taken up -----------------------------------------------------------------------------------
 
     def _take_up(self, saved: RunPosition, fetcher: _DataFetcher) -> None:
-        if saved.is_known:
-            self.trainer.fit_loop._restarting = False  # or no scheduler gets the metric of this epoch
+        cast(ResumableFitLoop, self.trainer.fit_loop).owes_metric = saved.is_known
         if saved.is_known and not saved.is_over:
             self.restarting = False  # or Lightning takes a validation for granted
             self._warn(saved)
@@ -308,6 +311,6 @@ def make_loops_resumable(trainer: pl.Trainer) -> ResumableEpochLoop | None:
         fit_loop.__class__, fit_loop.epoch_loop.__class__ = ResumableFitLoop, ResumableEpochLoop
     if not isinstance(fit_loop.epoch_loop, ResumableEpochLoop):
         return None
-    fit_loop.ends_epoch = False
+    fit_loop.ends_epoch = fit_loop.owes_metric = False
     fit_loop.epoch_loop.begin_run()
     return fit_loop.epoch_loop

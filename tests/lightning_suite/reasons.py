@@ -28,6 +28,14 @@ REASONS = {
         "^default: .*(hook_system|load_only_once|overfit_batches_same|calls_gives_same|linear_mode|no_need_configure)",
         "^(Assertion|Type)Error|^assert|dataloader",
     ),
+    ("b", "an ordinary loader goes on in mid-epoch, and an interrupted validation runs as a whole"): (
+        "fail_during_validation|mid_epoch|save_and_restore_dataloaders",
+        "DID NOT WARN|did not match|^Assertion",
+    ),
+    ("d", "names of Lightning's loops in profiles and call stacks"): (
+        "test_fetching_is_profiled|test_auto_restart_under_signal",
+        "_TrainingEpochLoop|_FitLoop",
+    ),
     ("d", "`backward` is a mock or does nothing"): (
         "backward_count|TroubledModelBackward",
         "no gradient|never had a gradient|depends on no parameter",
