@@ -28,6 +28,7 @@ REASONS = {
         "^default: .*(hook_system|load_only_once|overfit_batches_same|calls_gives_same|linear_mode|no_need_configure)",
         "^(Assertion|Type)Error|^assert|dataloader",
     ),
+    ("b", "a `LearningRateFinder` in mid-run with the callback alone"): ("", "Or a LearningRateFinder, which takes"),
     ("b", "an ordinary loader goes on in mid-epoch, and an interrupted validation runs as a whole"): (
         "fail_during_validation|mid_epoch|save_and_restore_dataloaders",
         "DID NOT WARN|did not match|^Assertion",
