@@ -51,9 +51,10 @@ def refuse_unsupported(trainer: Any) -> None:
 
 def warn_about_compilation(trainer: Any, num_groups: int) -> None:
     """Warn where torch would give up compiling, without an error, because each layer group makes a graph of its own."""
-    plugin = trainer.accelerator.state.dynamo_plugin
+    if not trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.use_regional_compilation:
+        return
     limit = torch._dynamo.config.recompile_limit
-    if trainer.args.torch_compile and not plugin.use_regional_compilation and num_groups + 1 > limit:
+    if num_groups + 1 > limit:
         warnings.warn(
             f"torch_compile compiles the whole model, once for each of {num_groups} layer groups, and torch falls back"
             f" to eager after {limit} graphs (torch._dynamo.config.recompile_limit). Compile block by block instead:"

@@ -558,9 +558,9 @@ def test_a_group_without_gradient(tmp_path):
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
-def test_whole_compilation_of_many_groups_gets_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 5)
-    with pytest.warns(UserWarning, match="once for each of 5 layer groups"):
+def test_whole_compilation_of_many_groups_gets_a_warning(tmp_path):
+    few = torch._dynamo.config.patch(recompile_limit=5)
+    with few, pytest.warns(UserWarning, match="once for each of 5 layer groups"):
         trained(hift(ONE_BY_ONE), tmp_path, **COMPILED, max_steps=1)
 
 
