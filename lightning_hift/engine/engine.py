@@ -354,10 +354,13 @@ class HiFTEngine:
         if not self._step_counted:
             self.step += 1
             self._step_counted = self._is_under_way = True
-            # A warm-up may begin at 0, which proves nothing; with several groups no sweep is held there.
-            proves = len(self.groups) > 1 or isinstance(self.learning_rate, Tensor) or self.learning_rate != 0
-            if self._proof is not None and proves:
+            if self._proof is not None and self._can_prove:
                 self._proof.count_step([group.index for group in self._active_groups], self.at_sweep_start)
+
+    @property
+    def _can_prove(self) -> bool:
+        """Whether the step can move weights. A warm-up may begin at 0; with several groups no sweep is held there."""
+        return len(self.groups) > 1 or isinstance(rate := self.learning_rate, Tensor) or rate != 0
 
     def settle_step(self) -> None:
         """Count the step that was announced last as made, whether or not it was or will be: its batch is over.

@@ -1,14 +1,16 @@
-"""What a user is told about a run when it begins."""
+"""What a user is told about a run when it begins, and after its first sweep."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.options import HiFTOptions
+from lightning_hift.engine.proof import describe_sweep
 from lightning_hift.groups.report import describe_groups
 from lightning_hift.groups.turns import Turns
 
@@ -73,3 +75,17 @@ def doubts_about_length(
                 f" {total / engine.policy.steps_per_sweep:.2g} times with group_size={chosen.group_size!r} and"
                 f" steps_per_group={chosen.steps_per_group}. Leave them out to have them chosen by the length."
             )
+
+
+def tell_first_sweep(engine: HiFTEngine, inform: Callable[[str], Any], warn: Callable[[str], Any]) -> None:
+    """Say what the first sweep did, once, as soon as it is over; see ``HiFTEngine.first_sweep_report``.
+
+    Args:
+        engine: After a step.
+        inform: Gets the words where all parameters were updated.
+        warn: Gets them otherwise.
+    """
+    report = engine.first_sweep_report()
+    if report is not None:
+        first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
+        (inform if report.complete else warn)(describe_sweep(report, first))

@@ -23,8 +23,7 @@ from lightning_hift.engine.engine import HiFTEngine, attach_engines
 from lightning_hift.engine.optimizer_state import parameters_of
 from lightning_hift.engine.options import HiFTOptions
 from lightning_hift.engine.output_graph import OutputGraph
-from lightning_hift.engine.proof import describe_sweep
-from lightning_hift.engine.run_words import summarize_run
+from lightning_hift.engine.run_words import summarize_run, tell_first_sweep
 from lightning_hift.engine.sweep_lr import HoldLR, SweepLR, check_hold_lr
 from lightning_hift.fabric.precision import FabricMasterPrecision
 from lightning_hift.offload.offloader import StateOffloader
@@ -199,7 +198,6 @@ class HiFTFabricStrategy(SingleDeviceStrategy):
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, **kwargs)
         engine: HiFTEngine | None = getattr(optimizer, "_hift_engine", None)
-        if engine is not None and (report := engine.first_sweep_report()) is not None:
-            first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
-            (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
+        if engine is not None:
+            tell_first_sweep(engine, rank_zero_info, rank_zero_warn)
         return output

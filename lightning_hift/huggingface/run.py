@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,7 @@ from lightning_hift.engine.engine import HiFTEngine
 from lightning_hift.engine.lr_forecast import RunLength
 from lightning_hift.engine.optimizer_groups import turns_of_run
 from lightning_hift.engine.options import HiFTOptions
-from lightning_hift.engine.proof import describe_sweep
-from lightning_hift.engine.run_words import doubts_about_length, summarize_run
+from lightning_hift.engine.run_words import doubts_about_length, summarize_run, tell_first_sweep
 from lightning_hift.engine.sweep_lr import SweepLR, check_hold_lr
 from lightning_hift.groups.turns import Turns
 from lightning_hift.huggingface.refusals import warn_about_compilation
@@ -130,11 +130,4 @@ class Run:
             self._held.finish()
 
     def _report_sweep(self) -> None:
-        report = self.engine.first_sweep_report()
-        if report is None:
-            return
-        text = describe_sweep(report, "first sweep" if self.engine.sweep == 1 else f"{self.engine.sweep} sweeps")
-        if report.complete:
-            print(text)
-        else:
-            warnings.warn(text, stacklevel=2)
+        tell_first_sweep(self.engine, print, partial(warnings.warn, stacklevel=4))

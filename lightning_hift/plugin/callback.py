@@ -27,8 +27,7 @@ from lightning_hift.engine.lr_scale import LRScale
 from lightning_hift.engine.missed_turns import CAUSES
 from lightning_hift.engine.optimizer_groups import turns_of_run
 from lightning_hift.engine.options import HiFTOptions
-from lightning_hift.engine.proof import describe_sweep
-from lightning_hift.engine.run_words import doubts_about_length, summarize_run
+from lightning_hift.engine.run_words import doubts_about_length, summarize_run, tell_first_sweep
 from lightning_hift.engine.sweep_lr import HoldLR, check_hold_lr
 from lightning_hift.groups.grouping import GroupSize, LayerGroup
 from lightning_hift.groups.schedule import Order
@@ -342,9 +341,7 @@ class HiFTCallback(Callback):
         self._rates.flush()
         for engine in self._engines:
             engine.settle_step()
-            if (report := engine.first_sweep_report()) is not None:
-                first = "first sweep" if engine.sweep == 1 else f"{engine.sweep} sweeps"
-                (rank_zero_info if report.complete else rank_zero_warn)(describe_sweep(report, first))
+            tell_first_sweep(engine, rank_zero_info, rank_zero_warn)
             engine.unfreeze()
         if not trainer.barebones:
             self._values.log(trainer, self._engines)
